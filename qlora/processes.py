@@ -2,8 +2,9 @@
 
 import atexit
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,7 +185,8 @@ class Processes:
             options: Arguments of trackers, by their names.
         """
         if self._accelerator is not None:
-            self._accelerator.init_trackers(project, dict(settings), {name: {**options[name]} for name in options})
+            with redirect_stdout(sys.stderr):  # standard output is for reports, and trackio prints
+                self._accelerator.init_trackers(project, dict(settings), {name: {**options[name]} for name in options})
 
     @property
     def trackers(self) -> list[Any]:
@@ -198,8 +200,9 @@ class Processes:
 
     def end(self) -> None:
         """End the trackers. The processes stay joined until they exit, so that they can train again."""
-        for tracker in self._accelerator.trackers if self._accelerator is not None else ():
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in self._accelerator.trackers if self._accelerator is not None else ():
+                tracker.finish()
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`qlora estimate`: peak memory by kind and level of recomputation, and what fits, without loading a model."""
+"""`qlora estimate`: peak memory by kind and level of activation checkpointing, without loading a model."""
 
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ def estimate(
     probe: Annotated[bool, typer.Option("--probe", help="Also load the model and measure a step.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict peak memory by kind and level of recomputation, and what fits; no model is loaded.
+    """Predict peak memory by kind and level of activation checkpointing, and what fits; no model is loaded.
 
     It needs only the base's config.json, and exits with 1 if the run does not fit.
     """

@@ -139,7 +139,7 @@ def _answer_file(
     from qlora.errors import ConfigError, DataError
 
     if output.exists():
-        raise ConfigError(f"{output} exists already; name another file with -o.")
+        raise ConfigError(f"{output} already exists; name another file with -o.")
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ConfigError(f"{output} can't be written: {folder} is not a writable folder.")

@@ -96,7 +96,7 @@ def _convert(source: Path, target: Path) -> None:
 
 def _check_free(target: Path) -> None:
     if target.exists():
-        raise ConfigError(f"{target} exists already; name another file with -o.")
+        raise ConfigError(f"{target} already exists; name another file with -o.")
 
 
 def _write(target: Path, text: str, next_step: str | None = None) -> None:

@@ -21,7 +21,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JS
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.", callback=expand_home)]
 Device = Annotated[str, typer.Option(help="cuda, cpu, …; auto takes a GPU if there is one.")]
 NewFolder = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.", callback=expand_home)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: section.key=value …")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that override the file, such as train.max_steps=100."),
+]
 Base = Annotated[
     str | None,
     typer.Option(

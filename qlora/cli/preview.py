@@ -50,6 +50,8 @@ def _show(result: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from qlora.data.problems import counted
+
     console = Console(highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
     key = "green: supervised, dim: not, reversed: control tokens" if coloured else "supervised: between ⟦ ⟧"
@@ -81,13 +83,13 @@ def _show(result: Any) -> None:
     packing = "not packed" if result.packing_fill is None else f"{result.packing_fill:.1%} full"
     others = "".join(f", {count // size:,} of {name}" for name, count in result.held_out.items() if name != "eval")
     sequences = (
-        f", {result.tokens_per_epoch:,} tokens in {result.rows_per_epoch:,} sequences of up to "
+        f", {result.tokens_per_epoch:,} tokens in {counted(result.rows_per_epoch, 'sequence')} of up to "
         f"{result.max_seq_len * size:,} ({packing})"
     )
     console.print(
         Text(
             f"{result.train_examples // size:,} {result.unit}{compared}{'' if result.unit == 'images' else sequences}: "
-            f"{result.steps_per_epoch:,} steps; {result.total_steps:,} in the whole run; "
+            f"{counted(result.steps_per_epoch, 'step')}; {result.total_steps:,} in the whole run; "
             f"{result.eval_examples // size:,} {result.unit} held out{others}"
         )
     )

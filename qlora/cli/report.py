@@ -18,7 +18,8 @@ LABELS = {
     "seconds": "time",
     "answered": "rows answered",
     "answer_seconds": "time for answers",
-    "recompute_why": "reason for it",
+    "recompute": "activation checkpointing",
+    "unpacked_why": "not packed, because",
     "weights_kept": "weights cached",
     "micro_batch_parts": "parts of a micro-batch",
     "tiled": "MLP in tiles",
@@ -37,6 +38,8 @@ LABELS = {
     "tensors_checked": "tensors compared",
     "top1_agreement": "same most likely token",
 }
+# Values whose reason has another name than theirs with _why.
+REASONS = {"optimizer_state_paged": "optimizer_state_why"}
 SIZES = ("memory", "available", "estimated", "measured", "size")
 SHARES = ("_share", "_agreement", "_fill")
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "bytes": 1}
@@ -45,7 +48,8 @@ UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "bytes": 1}
 def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """Print a report on standard output.
 
-    For people, empty values are left out, sizes and numbers have units, and notes are on lines of their own.
+    For people, empty values are left out, sizes and numbers have units, a value's reason follows it in parentheses, and
+    notes are on lines of their own.
 
     Args:
         values: The report.
@@ -57,14 +61,16 @@ def show_report(values: Mapping[str, Any], as_json: bool, title: str = "") -> No
         return
     if title:
         print(title)
+    printed = {key: value for key, value in values.items() if key != "notes" and _is_printed(value)}
+    reasons = {key: REASONS.get(key, f"{key}_why") for key in printed}
     shown = {
-        _label(key): format_value(key, value)
-        for key, value in values.items()
-        if key != "notes" and _is_printed(value) and (key, value) != ("continued_bytes", 0)
+        _label(key): format_value(key, value) + (f" ({printed[reasons[key]]})" if reasons[key] in printed else "")
+        for key, value in printed.items()
+        if key not in reasons.values() and (key, value) != ("continued_bytes", 0)
     }
     width = max(map(len, shown), default=0)
     for label, text in shown.items():
-        print(f"  {label:<{width}}  {text}")
+        print(f"  {label:<{width}}  {text}".replace("\n", "\n" + " " * (width + 4)))
     for note in values.get("notes", ()):
         print(f"  {note}" if note.startswith("Next: ") else f"  note: {note}")
 

@@ -92,7 +92,8 @@ def train(
             del values["signal"]  # the exit code has it, and the title the notes
             values["notes"] = []
             if result.status == "finished":
-                values["notes"] = [f"Next: qlora merge {result.run_dir} -o DIR, or qlora generate {result.run_dir}"]
+                ask = "" if settings.train.has_scores else f"qlora chat {result.run_dir}, or "
+                values["notes"] = [f"Next: {ask}qlora merge {result.run_dir} -o DIR"]
         show_report(values, as_json, "\n".join([f"Run {result.status}.", *result.notes]))
     if result.status == "interrupted":
         raise typer.Exit(128 + (result.signal or signal.SIGINT))

@@ -44,7 +44,7 @@ def tune(
     except ValueError as error:
         raise typer.BadParameter(f"--budget {budget}: {error}") from None
     if output is not None and Path(output).exists():
-        raise ConfigError(f"{output} exists already; name another file with -o.")
+        raise ConfigError(f"{output} already exists; name another file with -o.")
     for path in filter(None, (output, plot)):
         if not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"{path} can't be written: its folder does not exist; create it first.")

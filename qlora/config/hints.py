@@ -28,7 +28,7 @@ def suggest(location: Sequence[str | int]) -> str:
         if near:
             return f" Did you mean {near[0]}?"
     if name in NAMES:
-        return f" Here it is {NAMES[name]}."
+        return f" In qlora, it is {NAMES[name]}."
     exact = full_names(name)
     if exact:
         return f" Did you mean {' or '.join(exact)}?"

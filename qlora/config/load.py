@@ -57,7 +57,8 @@ def _validate(name: str, sections: Mapping[str, Any], overrides: Sequence[str]) 
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors()]
-        raise ConfigError("\n".join([f"{name}: {len(lines)} problem(s)", *lines])) from None
+        count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n".join([f"{name} has {count}:", *lines])) from None
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

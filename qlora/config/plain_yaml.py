@@ -35,9 +35,18 @@ def _parse(text: str) -> Any:
         if _count_values(node, {}) > MAX_VALUES:
             raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
         return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_in_one_line(error)) from None
     # PyYAML raises Python's own errors for invalid dates, invalid base64 and keys that can't be hashed.
     except (yaml.YAMLError, TypeError, AttributeError, OverflowError, LookupError) as error:
         raise ValueError(str(error)) from None
+
+
+def _in_one_line(error: yaml.MarkedYAMLError) -> str:
+    """Return where a text is not YAML, and why; PyYAML's own message has five lines."""
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return place + " ".join(text for text in (error.context, error.problem) if text)
 
 
 def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:

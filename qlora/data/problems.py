@@ -110,4 +110,4 @@ def problem_lines(problems: list[Problem]) -> list[str]:
 
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun, as `1 row` or `3 rows`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -102,20 +102,20 @@ class DataReport:
 
     def remarks(self) -> list[str]:
         """Return a line for everything out of the ordinary."""
-        counts = {
-            "bad rows dropped": self.bad_rows,
-            "rows that repeat an earlier one": self.duplicates,
-            "examples removed, as they repeat an earlier or a held-out one": self.deduplicated,
-            "conversations trained answer by answer, as the history that a server renders differs": self.per_answer,
-            "conversations with EOS added, as the template writes no end token": self.eos_added,
-            "conversations with an empty answer": self.empty_answers,
-        }
-        counts |= {f"documents {outcome} because of max_seq_len": count for outcome, count in self.overlong.items()}
-        counts |= {
-            f"answers that need {switch} in the prompt; set it on the server": count
+        counts = [
+            (self.bad_rows, "bad row", "dropped"),
+            (self.duplicates, "row", "equal to an earlier one"),
+            (self.deduplicated, "example", "removed, equal to an earlier or a held-out one"),
+            (self.per_answer, "conversation", "trained answer by answer, as the history that a server renders differs"),
+            (self.eos_added, "conversation", "with EOS added, as the template writes no end token"),
+            (self.empty_answers, "conversation", "with an empty answer"),
+        ]
+        counts += [(count, "document", f"{outcome} because of max_seq_len") for outcome, count in self.overlong.items()]
+        counts += [
+            (count, "answer", f"with {switch} in the prompt; set it on the server")
             for switch, count in self.switched.items()
-        }
-        lines = [f"{count} {what}" for what, count in counts.items() if count]
+        ]
+        lines = [f"{counted(count, noun)} {rest}" for count, noun, rest in counts if count]
         if self.control_tokens:
             found = ", ".join(f"{token} {count}" for token, count in sorted(self.control_tokens.items()))
             total = counted(sum(self.control_tokens.values()), "control token")
@@ -128,11 +128,13 @@ class DataReport:
 
     def summary(self) -> str:
         """Return one line, and another for each remark."""
-        drawn = f", {self.drawn} of them an epoch" if self.drawn != self.examples else ""
-        head = f"{self.source}: {self.rows} rows as {self.format}, {self.examples} examples{drawn}"
+        drawn = f", {self.drawn:,} of them an epoch" if self.drawn != self.examples else ""
+        head = (
+            f"{self.source}: {counted(self.rows, 'row')} as {self.format}, {counted(self.examples, 'example')}{drawn}"
+        )
         if self.format != "images":
             head += (
-                f", {self.tokens} tokens, {self.supervised_share:.0%} supervised; chat template: {self.chat_template}"
+                f", {self.tokens:,} tokens, {self.supervised_share:.0%} supervised; chat template: {self.chat_template}"
             )
         return "\n".join([head, *(f"  {remark}" for remark in self.remarks())])
 

@@ -91,6 +91,7 @@ def read_merged(folder: Path) -> Merged:
             report=report,
         )
     except FileNotFoundError:
-        raise ExportError(f"{folder} has no {REPORT_FILE}; give a folder that qlora merge wrote.") from None
+        problem = f"has no {REPORT_FILE}" if Path(folder).exists() else "does not exist"
+        raise ExportError(f"{folder} {problem}; give a folder that qlora merge wrote.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is damaged ({error!r}); merge again.") from None

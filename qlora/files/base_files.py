@@ -66,7 +66,9 @@ class BaseFiles:
         folder, gguf = find_base(base, revision, patterns, with_code)
         if not (folder / "config.json").is_file():
             remedy = "give a model folder of transformers"
-            if not Path(base).expanduser().is_dir():
+            if (folder / "run.json").is_file():
+                remedy = "it is a run: merge it with qlora merge, or name it as lora.start_from to train it further"
+            elif not Path(base).expanduser().is_dir():
                 remedy += ", or, if the repository has GGUF files, download one and name that"
             raise ModelError(f"{base} has no config.json; {remedy}.")
         files = cls(folder, base, gguf, rope_scaling)

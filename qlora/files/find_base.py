@@ -103,10 +103,14 @@ def _check_links(folder: Path) -> None:
 def _download(base: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    if Path(base).expanduser().is_file():
+        raise ModelError(f"{base} is a file; name a model folder, a GGUF file or a model id on the hub.")
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise ModelError(f"The model folder {base} does not exist.")
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the hub's client raises errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{base} is not a local folder, and could not be downloaded from the hub: {reason}") from error
+        reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__
+        raise ModelError(
+            f"There is no folder {base}, and no model {base} could be downloaded from the hub: {reason}"
+        ) from error

@@ -22,13 +22,13 @@ def new_folder(path: str | Path) -> Path:
     """Return the absolute path of a folder that is about to be written.
 
     Raises:
-        ExportError: The path exists already and is not an empty folder; a link counts too.
+        ExportError: The path already exists and is not an empty folder; a link counts too.
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         left = _staging(folder)
         also = f" {left} is left from an interrupted merge; remove it too." if left.exists() else ""
-        raise ExportError(f"{folder} exists already; choose another folder or remove it.{also}")
+        raise ExportError(f"{folder} already exists; choose another folder or remove it.{also}")
     return folder
 
 

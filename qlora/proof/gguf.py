@@ -128,17 +128,21 @@ class GGUFFile:
         kind = self._kind(name)
         if kind in STEPPED:
             return _stepped_slack(kind, values)
-        return _nearest_slack(kind, values) if kind in LEVELS else None
+        if kind not in LEVELS:
+            return None
+        if self._file_dtype not in MIXED:
+            return _nearest_slack(kind, values)
+        return _nearest_slack(kind, _in_fp16(values)) + values.abs() * 2.0**-11 + 2.0**-25
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return values rounded as in the file; those of a file of K-quants to fp16, which llama.cpp makes it from."""
+        """Return values rounded as in the file, but those whose steps llama.cpp searches for only to fp16."""
         from gguf import GGMLQuantizationType, quants
 
-        if self._file_dtype in MIXED:
-            return values.half().to(values.dtype)
-        kind = self._kind(name)
+        kind, is_mixed = self._kind(name), self._file_dtype in MIXED
+        if is_mixed:
+            values = _in_fp16(values)
         if kind not in LEVELS:
-            return values.to(self.dtype(name)).to(values.dtype)
+            return values if is_mixed else values.to(self.dtype(name)).to(values.dtype)
         stored = GGMLQuantizationType[kind]
         blocks = quants.quantize(values.float().contiguous().numpy(), stored)
         return torch.from_numpy(quants.dequantize(blocks, stored)).to(values.dtype)
@@ -161,6 +165,11 @@ class GGUFFile:
         llama.cpp interleaves the two halves of each head's rows of queries and keys in some architectures.
         """
         return row_order(self._names[name], self.shape(name)[0], self._head_dim) if self._has_pairs else None
+
+
+def _in_fp16(values: torch.Tensor) -> torch.Tensor:
+    """Return values rounded to fp16, which llama.cpp makes a file of K-quants from."""
+    return values.half().to(values.dtype)
 
 
 def _nearest_slack(kind: str, values: torch.Tensor) -> torch.Tensor:

@@ -223,7 +223,10 @@ class _Comparison:
         noise = (squares / count / update) ** 0.5
         if abs(along / update) <= LOST_SHARE + 6 * noise:
             return None
-        return f"tensor {self.name} is not base + scaling·B·A: its update is missing, or multiplied"
+        return (
+            f"tensor {self.name} is not base + scaling·B·A: its update is missing, multiplied, or lost by rounding, as "
+            "where the base's own values come from a format of as few bits"
+        )
 
     def _reason(self, others: Iterable["_Comparison"]) -> str:
         for other in others:

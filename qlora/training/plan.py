@@ -40,23 +40,26 @@ class RunPlan:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Return one line for people."""
+        """Return a line on the model, one on the optimizer and one on memory, for people."""
         inventory, in_use = self.inventory, self.in_use
         direct = inventory.describe_direct()
-        return (
+        model = (
             f"{inventory.num_parameters:,} parameters, {inventory.quantized_share:.1%} of linear and expert weights in "
-            f"4 bits; training "
-            f"{inventory.num_trained:,}{inventory.describe_rows()} for {self.total_steps} steps on "
-            f"{in_use.device} in {in_use.compute_dtype}, {in_use.optimizer}, "
-            f"state {self._paging()};{self._learning_rate()} recompute "
-            f"{in_use.recompute} ({in_use.recompute_why}), {in_use.weights_kept} dequantized weights cached"
-            f"{self._weights()}{direct and f'. {direct}'}"
+            f"4 bits{self._weights()}; training {inventory.num_trained:,}{inventory.describe_rows()} for "
+            f"{self.total_steps} steps on {in_use.device} in {in_use.compute_dtype}{direct and f'. {direct}'}"
+        )
+        memory = (
+            f"  activation checkpointing: {in_use.recompute} ({in_use.recompute_why}); {in_use.weights_kept} "
+            "dequantized weights cached"
+        )
+        return "\n".join(
+            [model, f"  optimizer {in_use.optimizer}, state {self._paging()}{self._learning_rate()}", memory]
         )
 
     def _weights(self) -> str:
         """Return where the weights of the layers are, and the reason, if that is not the device."""
         place = {"sharded": "split over the processes", "host": "in host memory"}.get(self.in_use.weights)
-        return "" if place is None else f"; 4-bit weights {place} ({self.in_use.weights_why})"
+        return "" if place is None else f", {place} ({self.in_use.weights_why})"
 
     def _paging(self) -> str:
         """Return whether the optimizer's state is paged, and why it is not if it should be."""
@@ -68,7 +71,7 @@ class RunPlan:
     def _learning_rate(self) -> str:
         """Return the learning rate and its reason, if the config does not give it."""
         why = self.in_use.learning_rate_why
-        return "" if why is None else f" learning rate {self.in_use.learning_rate:g} ({why});"
+        return "" if why is None else f"; learning rate {self.in_use.learning_rate:g} ({why})"
 
 
 @dataclass(frozen=True, slots=True)

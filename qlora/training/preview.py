@@ -23,6 +23,7 @@ from qlora.data import (
     pieces,
 )
 from qlora.data.mismatched import BAD, GOOD, MISMATCHED, RATING
+from qlora.data.problems import counted
 from qlora.errors import ConfigError, DataError, ModelError
 from qlora.files import BaseFiles, find_tokenizer
 from qlora.model import (
@@ -163,7 +164,7 @@ def preview(config: RunConfig | str | Path | Mapping[str, Any], num_samples: int
     problems += _problems_of_metrics(config, tokenizer, datasets) if not problems else []
     num_bad = sum(report.bad_rows for report in datasets.all_reports)
     if num_bad and config.data.on_bad_row == "error":
-        problems.append(f"data.on_bad_row: error, and {num_bad} rows can't be used.")
+        problems.append(f"data.on_bad_row: error, and {counted(num_bad, 'row')} can't be used.")
     lengths = datasets.train.lengths
     positions, longest = _num_positions(model), int(lengths.max())
     if positions is not None and longest > positions:

@@ -13,8 +13,6 @@ from qlora.training.origin import flatten
 PROJECT = "qlora"
 # The argument of a tracker that names a run; the others name it themselves, or by its folder.
 NAMED_BY = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
-# Trackers that show text.
-WITH_TEXT = ("tensorboard", "trackio")
 
 
 class Tracking:
@@ -51,24 +49,28 @@ class Tracking:
         self._processes.log(numbers, step)
 
     def log_samples(self, samples: Sequence[Mapping[str, str]], step: int) -> None:
-        """Send samples to the trackers that show text or tables.
+        """Send samples to the trackers that show tables or text.
 
         Args:
             samples: A `prompt`, an `answer` and maybe a `reference` each.
             step: Number of steps done.
         """
+        columns = ["step", "prompt", "answer", "reference"]
+        rows = [[step, each["prompt"], each["answer"], each.get("reference", "")] for each in samples]
         for tracker in self._processes.trackers:
             if tracker.name == "wandb":
-                columns = ["step", "prompt", "answer", "reference"]
-                rows = [[step, each["prompt"], each["answer"], each.get("reference", "")] for each in samples]
                 tracker.log_table("samples", columns=columns, data=rows, step=step)
-            elif tracker.name in WITH_TEXT:
+            elif tracker.name == "trackio":  # its dashboard shows no plain text
+                from trackio import Table
+
+                tracker.log({"samples": Table(columns=columns, data=rows)}, step=step)
+            elif tracker.name == "tensorboard":
                 texts = {f"sample/{number}": _as_text(each) for number, each in enumerate(samples, 1)}
                 tracker.log(texts, step=step)
 
 
 def send_files(processes: Processes, paths: Sequence[Path]) -> list[str]:
-    """Send files to the trackers that keep files; TensorBoard and trackio have no place for them.
+    """Send files to the trackers that keep files; TensorBoard has no place for them.
 
     Args:
         processes: Processes of the run, with their trackers started.
@@ -85,6 +87,8 @@ def send_files(processes: Processes, paths: Sequence[Path]) -> list[str]:
                     tracker.tracker.save(str(path), base_path=str(path.parent), policy="now")
                 elif tracker.name == "mlflow":
                     tracker.log_artifact(str(path))
+                elif tracker.name == "trackio":
+                    tracker.tracker.log_artifact(path, type="run")
         except Exception as problem:
             names = ", ".join(path.name for path in paths)
             problems.append(f"{tracker.name} did not get the run's files ({names}): {problem}")

@@ -63,7 +63,7 @@ def contents(folder):
     [
         ({"lora__rnak": 8}, "lora.rnak: unknown key. Did you mean lora.rank?"),
         ({"data__banana": 8}, "data.banana: unknown key."),
-        ({"train__per_device_train_batch_size": 8}, "Here it is train.micro_batch_size."),
+        ({"train__per_device_train_batch_size": 8}, "In qlora, it is train.micro_batch_size."),
         ({"train__rank": 8}, "train.rank: unknown key. Did you mean lora.rank?"),
         ({"train__learning_rate": -3}, "train.learning_rate: -3 should be greater than 0"),
         ({"lora__rank": 0}, "lora.rank: 0 should be greater than or equal to 1"),
@@ -75,7 +75,7 @@ def contents(folder):
 def test_a_wrong_config(try_training, changes, expected):
     code, message = try_training(**changes)
     assert code == 2
-    assert "run.yaml: 1 problem(s)" in message
+    assert "run.yaml has a problem:" in message
     assert expected in message
 
 
@@ -293,7 +293,7 @@ def test_a_merge_onto_what_is_there(run_dir, tmp_path, kind):
     before = contents(tmp_path)
     done = run("merge", run_dir, "-o", folder)
     assert done.code == 1
-    assert f"{folder} exists already; choose another folder" in done.error()
+    assert f"{folder} already exists; choose another folder" in done.error()
     assert contents(tmp_path) == before
 
 
@@ -368,6 +368,8 @@ def test_verify_of_a_folder_that_merge_did_not_write(run_dir, own_base):
     assert done.code == 1
     assert f"{own_base} has no merge_report.json; give a folder that qlora merge wrote" in done.error()
     assert contents(own_base) == before
+    done = run("verify", run_dir, own_base / "none")
+    assert f"{own_base / 'none'} does not exist; give a folder that qlora merge wrote" in done.error()
 
 
 @pytest.mark.parametrize("arguments", [

@@ -44,7 +44,7 @@ def test_nothing_is_overwritten(theirs, tmp_path):
     (tmp_path / "mine.yaml").write_text("mine")
     done = run("init", "--from", theirs, "-o", tmp_path / "mine.yaml")
     assert done.code == 2
-    assert "exists already" in done.error()
+    assert "already exists" in done.error()
     assert (tmp_path / "mine.yaml").read_text() == "mine"
 
 

@@ -78,9 +78,9 @@ def test_bad_rows_are_shown_and_the_rest_is_too(config, tmp_path):
     assert refused.code == 1
     assert "1 row: column 'output' should be text, not 3." in refused.out
     assert f"{data}:2: {{'instruction': 'a', 'output': 3}}" in refused.out
-    assert "this config can't be trained: data.on_bad_row: error, and 1 rows can't be used." in refused.out
+    assert "this config can't be trained: data.on_bad_row: error, and 1 row can't be used." in refused.out
     assert "⟦b</s>⟧" in refused.out
-    assert "1 bad rows dropped" in run(*arguments, "data.on_bad_row=drop").out
+    assert "1 bad row dropped" in run(*arguments, "data.on_bad_row=drop").out
 
 
 def test_the_numbers_of_what_was_left_out_are_in_the_json(config, tmp_path):
@@ -181,7 +181,7 @@ def test_the_lengths_are_drawn_and_those_too_long_marked(config, tmp_path):
     assert [line for line in lines if "longer than max_seq_len" in line and "█" in line] == [
         line for line in lines if "257–512" in line
     ]
-    assert "1 documents dropped because of max_seq_len" in "\n".join(lines)
+    assert "1 document dropped because of max_seq_len" in "\n".join(lines)
 
 
 def test_layers_that_become_linear_in_training_are_counted(alpaca_file, tmp_path, seed):

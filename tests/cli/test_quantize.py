@@ -21,7 +21,7 @@ def test_without_double_quantization_the_statistics_are_in_fp32(tiny_base, tmp_p
 def test_a_folder_that_is_there_is_kept(tiny_base, tmp_path):
     assert run("quantize", tiny_base, "-o", tmp_path / "4bit").code == 0
     done = run("quantize", tiny_base, "-o", tmp_path / "4bit")
-    assert (done.code, "exists already" in done.err) == (1, True)
+    assert (done.code, "already exists" in done.err) == (1, True)
 
 
 def test_an_invalid_size_is_wrong_use(tiny_base, tmp_path):

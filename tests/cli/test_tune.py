@@ -36,7 +36,7 @@ def test_its_json_has_every_trial(config):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["-o", "{config}"], "exists already; name another file with -o"),
+    (["-o", "{config}"], "already exists; name another file with -o"),
     (["-o", "{config}/no/best.yaml"], "can't be written: its folder does not exist"),
     (["--plot", "{config}/no/rates.png"], "can't be written: its folder does not exist"),
     (["data.eval=null"], "data.eval holds out no example"),

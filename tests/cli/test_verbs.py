@@ -192,6 +192,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(packing, tmp_path, tiny_ba
     assert done.code == 0
     assert "nothing was written" in done.out
     assert "40 rows as alpaca" in done.out
+    assert re.search(r"^  activation checkpointing  none \(it takes .* stay free\)$", done.out, re.MULTILINE)
+    assert re.search(r"^  loss  +plain torch \(the fused cross-entropy is for CUDA\)$", done.out, re.MULTILINE)
+    assert not re.search(r"^  [\w ]*why ", done.out, re.MULTILINE)
     assert files_of(tmp_path) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
 

@@ -275,7 +275,7 @@ def test_columns_may_be_given_by_number(write):
     ({"path": "a", "header": "no"}, "[0].header: 'no' should be 'auto', True or False"),
     ({"path": "a", "max_rows": 0}, "[0].max_rows: 0 should be greater than or equal to 1"),
     ({"path": "a", "columns": {"text": 1.5}}, "[0].columns.text: 1.5 should be a valid string"),
-    ({"path": "a", "max_samples": 9}, "[0].max_samples: unknown key. Here it is data.max_rows."),
+    ({"path": "a", "max_samples": 9}, "[0].max_samples: unknown key. In qlora, it is data.max_rows."),
     ({"path": "a", "format": "x"}, "[0].format: 'x' should be 'auto', 'alpaca', "),
     ([], ": [] should be a path, a source (path, weight, format, …) or a list of them"),
     (["a", 3], ": ['a', 3] should be a path, "),
@@ -283,7 +283,7 @@ def test_columns_may_be_given_by_number(write):
 def test_a_problem_of_a_source_is_reported_once_with_its_position(write, key, sources, expected):
     message = problems(write({f"data.{key}": sources}))
     assert f"  data.{key}{expected}" in message
-    assert "1 problem(s)" in message
+    assert "has a problem:" in message
 
 
 def test_folding_with_dropout_is_refused_with_both_ways_out(write):
@@ -306,7 +306,7 @@ def test_all_problems_are_reported_in_one_error(write):
     message = problems(path)
     expected = ["lora.rank", "lora.alfa", "train.optim", "data.overlong", "modle", "train.output_dir"]
     assert [key for key in expected if f"  {key}: " not in message] == []
-    assert message.startswith(f"{path}: 6 problem(s)\n")
+    assert message.startswith(f"{path} has 6 problems:\n")
     assert len(message.splitlines()) == 7
 
 
@@ -427,16 +427,21 @@ def test_a_folder_is_no_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"model: [unclosed", b"model: base: x", b"\xff\xfe\x00", b"a: 1\n\tb: 2\n"],
+    ("content", "reason"),
+    [
+        (b"model: [unclosed", "line 1, column 17: while parsing a flow sequence expected ',' or ']'"),
+        (b"model: base: x", "line 1, column 12: mapping values are not allowed here"),
+        (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
+        (b"a: 1\n\tb: 2\n", "line 2, column 1: while scanning for the next token found character '\\t'"),
+    ],
     ids=["unclosed", "two-colons", "not-utf8", "tab"],
 )
-def test_a_file_that_is_no_yaml_is_named(tmp_path, content):
+def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path, content, reason):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     message = problems(path)
-    assert message.startswith(str(path))
-    assert "can't be read as YAML" in message
+    assert message.startswith(f"{path} can't be read as YAML: {reason}")
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -648,7 +653,7 @@ def test_objectives_of_whole_rows_refuse_keys_for_tokens(objective, key, value, 
 def test_a_wrong_label_or_set_is_one_problem(key, value, expected, write):
     keys = {"train.objective": "classify", "data.eval": {"main": "a.jsonl", "retain": "b.jsonl"}, key: value}
     found = problems(write(keys))
-    assert "1 problem(s)" in found
+    assert "has a problem:" in found
     assert expected in found
 
 

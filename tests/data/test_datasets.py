@@ -156,9 +156,9 @@ def test_the_summary_has_the_numbers(path):
     rows = [{"prompt": "abc", "completion": "defg"}, *[{"prompt": "a" * MAX, "completion": "b"}] * 3]
     summary = build(path, rows).reports[0].summary()
     lines = summary.splitlines()
-    assert lines[0].startswith(f"{path}: 4 rows as completion, 1 examples, 9 tokens, 56% supervised; ")
+    assert lines[0].startswith(f"{path}: 4 rows as completion, 1 example, 9 tokens, 56% supervised; ")
     assert lines[0].endswith("chat template: alpaca (the tokenizer has none)")
-    assert lines[1:] == ["  2 rows that repeat an earlier one", "  3 documents dropped because of max_seq_len"]
+    assert lines[1:] == ["  2 rows equal to an earlier one", "  3 documents dropped because of max_seq_len"]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 41])
@@ -199,7 +199,7 @@ def test_bad_rows_of_every_kind_can_be_left_out_and_are_counted(path, rng, num_b
         where = [number for number, line in enumerate(lines, 1) if kinds.get(line, "")[:9] == problem["cause"][:9]]
         assert [text.startswith(f"{path}:{number}") for number, text in zip(where, problem["examples"], strict=False)]
         assert len(problem["examples"]) == min(problem["count"], SHOWN_EXAMPLES)
-    assert f"  {num_bad} bad rows dropped" in report.summary().splitlines()
+    assert f"  {counted(num_bad, 'bad row')} dropped" in report.summary().splitlines()
 
 
 def test_bad_rows_alone_leave_nothing_to_train_on(path):

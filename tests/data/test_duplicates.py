@@ -5,6 +5,7 @@ import random
 import pytest
 
 from qlora.data import EncodeOptions, Source, build_datasets
+from qlora.data.problems import counted
 from qlora.errors import DataError
 from tests.tiny import make_tokenizer, write_jsonl
 
@@ -53,7 +54,7 @@ def test_the_first_of_each_is_kept_over_all_sources_in_their_order(build, rng):
         new = set(source) - seen
         seen |= new
         assert (report.examples, report.deduplicated, report.drawn) == (len(source), len(source) - len(new), len(new))
-        line = f"  {len(source) - len(new)} examples removed, as they repeat an earlier or a held-out one"
+        line = f"  {counted(len(source) - len(new), 'example')} removed, equal to an earlier or a held-out one"
         assert (line in report.summary().splitlines()) is (len(new) < len(source))
 
 

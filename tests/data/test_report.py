@@ -68,8 +68,9 @@ def test_a_plain_report_is_one_line():
 
 @pytest.mark.parametrize(("changes", "line"), [
     ({"bad_rows": 2}, "2 bad rows dropped"),
-    ({"deduplicated": 9}, "9 examples removed, as they repeat an earlier or a held-out one"),
-    ({"duplicates": 4}, "4 rows that repeat an earlier one"),
+    ({"deduplicated": 9}, "9 examples removed, equal to an earlier or a held-out one"),
+    ({"duplicates": 4}, "4 rows equal to an earlier one"),
+    ({"duplicates": 1}, "1 row equal to an earlier one"),
     ({"per_answer": 5}, "5 conversations trained answer by answer, as the history that a server renders differs"),
     ({"eos_added": 6}, "6 conversations with EOS added, as the template writes no end token"),
     ({"empty_answers": 7}, "7 conversations with an empty answer"),
@@ -78,7 +79,7 @@ def test_a_plain_report_is_one_line():
     ({"unread_keys": ["id", "lang"]}, "keys of turns not read: id, lang"),
     (
         {"switched": {"enable_thinking=false": 9}},
-        "9 answers that need enable_thinking=false in the prompt; set it on the server",
+        "9 answers with enable_thinking=false in the prompt; set it on the server",
     ),
     (
         {"control_tokens": {"<s>": 2, "</s>": 1}},

@@ -378,16 +378,16 @@ def test_a_base_other_than_the_one_used_in_training_is_refused(name, own_run, tm
 def test_a_folder_that_is_not_empty_is_never_overwritten(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match="already exists"):
         merge(run, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match="already exists"):
         merge(run, tmp_path / "file")
     for name, leads_to in (("dangling", "nowhere"), ("link", "empty")):
         (tmp_path / name).symlink_to(tmp_path / leads_to)
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(ExportError, match="exists already"):
+        with pytest.raises(ExportError, match="already exists"):
             merge(run, tmp_path / name)
     merge(run, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()

@@ -161,7 +161,7 @@ def test_a_model_whose_config_disables_quantization_is_quantized(tmp_path, seed)
 def test_nothing_is_overwritten(tiny_base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ExportError, match="already exists"):
         quantize_model(str(tiny_base), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 

@@ -264,6 +264,15 @@ def test_a_folder_that_is_not_there_is_reported_and_not_looked_for_on_the_hub(tm
         load_base(str(tmp_path))
 
 
+def test_a_file_or_a_run_in_place_of_a_base_is_named_as_such(tmp_path):
+    path = tmp_path / "run.json"
+    path.touch()
+    with pytest.raises(ModelError, match="is a file; name a model folder"):
+        load_base(str(path))
+    with pytest.raises(ModelError, match=r"it is a run: merge it with qlora merge, or name it as lora\.start_from"):
+        load_base(str(tmp_path))
+
+
 def test_an_architecture_that_transformers_does_not_know_is_reported(tiny_base, tmp_path):
     base = copy_base(tiny_base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())

@@ -151,3 +151,8 @@ def test_llama_cpp_with_another_template_is_reported(mergeable, tmp_path):
     served = serve(open_source(mergeable), read_merged(tmp_path / "out"), "cpu", [altered])["llama-cpp-python"]
     assert len(served.problems) == 2
     assert all("it feeds the tokens" in problem for problem in served.problems)
+
+
+def test_a_client_is_found_by_any_of_its_distributions():
+    assert Engine("no-such-client", (), list).version is None
+    assert Engine("no-such-client", (), list, ("pytest",)).version == pytest.__version__

@@ -54,8 +54,8 @@ class Merge:
         return update, (update.abs() + base[rows].abs()) * 2.0**-20
 
 
-def find_problems(merge: Any, values: torch.Tensor, kind: str, path: Path) -> list[str]:
-    """Write values as a GGUF file of one tensor, and compare it with a merge."""
+def find_problems(merge: Any, values: torch.Tensor, kind: str, path: Path, dtype: str | None = None) -> list[str]:
+    """Write values as a GGUF file of one tensor, and compare it with a merge in a dtype, by default that kind."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
     stored = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(path, "llama")
@@ -65,7 +65,7 @@ def find_problems(merge: Any, values: torch.Tensor, kind: str, path: Path) -> li
     writer.write_tensors_to_file()
     writer.close()
     config = SimpleNamespace(model_type="llama", head_dim=16, hidden_size=64, num_attention_heads=4)
-    return check_tensors(merge, GGUFFile(path, {merge.names[0]: merge.names[0]}, kind, config)).problems
+    return check_tensors(merge, GGUFFile(path, {merge.names[0]: merge.names[0]}, dtype or kind, config)).problems
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q5_0", "q4_0"])
@@ -87,3 +87,14 @@ def test_small_updates_are_neither_missed_nor_suspected_in_few_bits(
             assert len(wrong) == 1, (size, factor)
     # Of this one, only a few values in a thousand are rounded to other integers.
     assert find_problems(Merge(base, update * 1e-2), base, "q8_0", tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q5_0"])
+def test_blocks_in_a_file_of_k_quants_are_those_of_values_in_fp16(
+    kind: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """llama.cpp makes the file from one in fp16, whose rounding adds to that of the blocks."""
+    base, update = torch.randn(512, 512, generator=generator) * 0.02, torch.randn(512, 512, generator=generator) * 1e-4
+    values = (base + update).half().float()
+    assert find_problems(Merge(base, update), values, kind, tmp_path / "right", "q4_k_m") == []
+    assert find_problems(Merge(base, update), values - update, kind, tmp_path / "wrong", "q4_k_m")

@@ -77,6 +77,27 @@ def test_mlflow_gets_settings_numbers_and_files(tracked, tmp_path, monkeypatch):
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "samples.jsonl"}
 
 
+def test_trackio_gets_everything_offline(tracked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    run_dir = tracked("trackio")
+    assert capsys.readouterr().out == ""
+    (run,) = trackio.Api().runs("qlora")
+    assert run.name == run_dir.name
+    assert run.config["train.learning_rate"] == 0.01
+    lines = SQLiteStorage.get_logs("qlora", run.name, run_id=run.id)
+    for key in ("loss", "eval_loss"):
+        logged = {line["step"]: line[key] for line in lines if key in line}
+        assert logged == pytest.approx(numbers_of(run_dir, key))
+    tables = {line["step"]: line["samples"]["_value"] for line in lines if "samples" in line}
+    written = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert tables == {line["step"]: [{"step": line["step"]} | row for row in line["samples"]] for line in written}
+    files = {path.read_bytes() for path in (tmp_path / "trackio" / "artifacts").rglob("*") if path.is_file()}
+    assert files >= {(run_dir / name).read_bytes() for name in ("report.html", "samples.jsonl")}
+
+
 @pytest.mark.parametrize("message", ["no server at http://localhost:1.", "no server\n  at http://localhost:1"])
 def test_a_tracker_that_does_not_start_is_reported_before_the_first_step(message, configure, monkeypatch):
     def refuse(*_):
@@ -98,7 +119,7 @@ class Recorder:
     def save(self, path, base_path, policy):
         self.files.append(path)
 
-    def log_artifact(self, path):
+    def log_artifact(self, path, type="artifact"):
         self.files.append(path)
 
 
@@ -108,7 +129,7 @@ def test_files_go_to_the_trackers_that_keep_them(tmp_path, monkeypatch):
     trackers = [Recorder(name) for name in ("wandb", "mlflow", "tensorboard", "trackio")]
     monkeypatch.setattr(Processes, "trackers", trackers)
     assert send_files(Processes(), [page, absent]) == []
-    assert [tracker.files for tracker in trackers] == [[str(page)], [str(page)], [], []]
+    assert [tracker.files for tracker in trackers] == [[str(page)], [str(page)], [], [page]]
 
 
 def test_a_tracker_that_fails_is_named_and_the_others_get_their_files(tmp_path, monkeypatch):
