@@ -35,6 +35,8 @@ from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, dequantize_rows, quantize_rows
 
 ONTO = ("dequantized", "original")
+# Values that are read at a time to be quantized.
+QUANTIZED_NUMEL = 1 << 19
 
 
 class MergedWeights:
@@ -245,7 +247,8 @@ class MergedWeights:
             whole = self._base.read(name).to(self.device)
             blocks = iter([subtracted(whole.T if is_transposed else whole, start)])
         else:
-            blocks = (self._base.read(name, rows).to(self.device) for rows in row_blocks(self._shapes[name]))
+            parts = row_blocks(self._shapes[name], QUANTIZED_NUMEL)
+            blocks = (self._base.read(name, rows).to(self.device) for rows in parts)
         shape = self._shapes[name][::-1] if is_transposed else self._shapes[name]
         packed, state = quantize_rows(
             (block.to(self._compute_dtype) for block in blocks), shape, source.double_quant, source.block_size

@@ -10,8 +10,8 @@ CELLS = 1 << 15
 # In place of the code of such a cell, and of eight of them.
 UNDECIDED = 16
 ANY_UNDECIDED = 0x1010101010101010
-# Values at a time for each thread, so that temporary tensors stay in its cache.
-CHUNK = 1 << 17
+# Values at a time for each thread, so that temporary tensors stay in its cache; with half as many, calls take longer.
+CHUNK = 1 << 18
 # Smallest absmax to divide by, as in bitsandbytes.
 LEAST = 1e-38
 # bf16 numbers as integers: 1, 2 and the smallest absmax that is looked up by bits, 2⁻⁶⁴; the number of negative int16.
