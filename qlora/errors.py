@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 # Patterns of secrets, by kind.
 SECRETS = {
@@ -53,11 +54,25 @@ def find_secrets(text: str) -> list[str]:
     return [kind for kind, pattern in SECRETS.items() if pattern.search(text)]
 
 
-def without_secrets(text: str) -> str:
-    """Return the text with secrets replaced by ***; they are found by pattern or in environment variables."""
-    for name, value in os.environ.items():
-        if SECRET_NAMES.fullmatch(name) and len(value) >= LEAST_SECRET_CHARACTERS:
-            text = text.replace(value, "***")
+def secrets_of_environment() -> list[str]:
+    """Return the values of environment variables that are secrets by their names."""
+    return [
+        value
+        for name, value in os.environ.items()
+        if SECRET_NAMES.fullmatch(name) and len(value) >= LEAST_SECRET_CHARACTERS
+    ]
+
+
+def without_secrets(text: str, known: Sequence[str] | None = None) -> str:
+    """Return the text with secrets replaced by ***.
+
+    Args:
+        text: Any text.
+        known: Secrets besides those that are found by pattern; those of the environment if None. For many texts, take
+            :func:`secrets_of_environment` once.
+    """
+    for value in secrets_of_environment() if known is None else known:
+        text = text.replace(value, "***")
     for pattern in SECRETS.values():
         text = pattern.sub("***", text)
     return text

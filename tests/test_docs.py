@@ -121,6 +121,8 @@ def make_small(config, base):
     settings["model"]["base"] = str(base)
     settings["data"]["max_seq_len"] = 128
     settings["train"] |= {"max_steps": 2, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
+    if "eval" in settings:
+        settings["eval"] |= {"rows": 2, "max_new_tokens": 4}
     config.write_text(json.dumps(settings), encoding="utf-8")
 
 

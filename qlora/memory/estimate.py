@@ -210,13 +210,16 @@ class Estimate:
         return low
 
 
-def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto") -> Estimate:
+def estimate(
+    config: RunConfig, loss: Loss, device: str | torch.device = "auto", levels: Sequence[str] | None = None
+) -> Estimate:
     """Predict a run's memory from its config and its base's config.json.
 
     Args:
         config: Config of the run. Its data are not read; the largest micro-batch that it allows is assumed.
         loss: Loss that is minimized.
         device: `auto` for this machine's device; `cuda` also works without one.
+        levels: Levels of recomputation to predict, which takes time for each; default: all. On CUDA it is all.
 
     Raises:
         ModelError: The base's config is not available, or describes a model that can't be trained.
@@ -231,7 +234,8 @@ def estimate(config: RunConfig, loss: Loss, device: str | torch.device = "auto")
     row, rows = config.data.max_tokens, config.train.micro_batch_size
     if config.data.has_images:
         loss = with_images(loss, config.data, load_processor(files.folder))
-    footprint = take_footprint(config, files, device, dtype, tokens=rows * row * loss.group_size, row=row, loss=loss)
+    tokens = rows * row * loss.group_size
+    footprint = take_footprint(config, files, device, dtype, tokens=tokens, row=row, loss=loss, levels=levels)
     return Estimate(
         footprint=footprint,
         device=device,

@@ -76,15 +76,23 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     device, tokens = model.device, largest.input_ids.numel()
     available = available_bytes(device, _num_bytes(model))
     available = int(-processes.max(-available))
-    placed, host_free = placed_weights(model), _host_free(model, processes)
-    try:
-        expected, unknown = replace(estimate(config, loss, device), host_free=host_free), ""
-        if placed is not None:
-            expected = replace(expected, weights=placed.kind, processes=processes.world_size)
-    except ModelError as error:
-        expected, unknown = None, str(error)
+    placed = placed_weights(model)
+    place: dict[str, Any] = {"host_free": _host_free(model, processes)}
+    if placed is not None:
+        place |= {"weights": placed.kind, "processes": processes.world_size}
     levels = recompute_levels(model)
     level: str = config.model.recompute
+    try:
+        # Most often the fastest level fits, and each takes time to predict.
+        first = levels[:1] if level == "auto" else [level]
+        expected, unknown = replace(estimate(config, loss, device, first), **place), ""
+        if level == "auto":
+            if expected.levels == first and not expected.fits(first[0], available, tokens):
+                expected = replace(estimate(config, loss, device), **place)
+            if expected.levels != first:
+                levels = [each for each in levels if each in expected.levels]
+    except ModelError as error:
+        expected, unknown = None, str(error)
     why = "set by model.recompute"
     if level != "auto":
         levels = [level]
@@ -95,7 +103,6 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
         level = levels[0] if device.type == "cuda" else levels[-1]
         why = f"the memory of a step is unknown: {unknown}"
     else:
-        levels = [level for level in levels if level in expected.levels]
         # A trial with too little host memory would not be refused, but killed.
         levels = [level for level in levels if expected.fits_host(level, tokens)] or levels
         try:

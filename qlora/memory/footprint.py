@@ -1,7 +1,7 @@
 """Bytes that a run takes at each level of recomputation, computed from its config and the base's config."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,15 @@ class Footprint:
 
 
 def take_footprint(
-    config: RunConfig, files: BaseFiles, device: torch.device, dtype: torch.dtype, *, tokens: int, row: int, loss: Loss
+    config: RunConfig,
+    files: BaseFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    row: int,
+    loss: Loss,
+    levels: Sequence[str] | None = None,
 ) -> Footprint:
     """Run a training step on the meta device with one layer of each kind, and extrapolate to all layers.
 
@@ -106,6 +114,7 @@ def take_footprint(
         tokens: Number of tokens of a micro-batch.
         row: Number of tokens of the longest document.
         loss: Loss that is minimized.
+        levels: Levels of recomputation to run; default: all. On CUDA all are run.
 
     Raises:
         ModelError: The base can't be trained, or its step can't be run on the meta device.
@@ -174,7 +183,7 @@ def take_footprint(
         unpacked_why = unpackable_reason(model, config.data.max_seq_len) if config.data.packs else None
         set_attention(model, config, device, row, packed=config.data.packs and unpacked_why is None)
         stack.reduce(config, device, tokens)
-        held = trace_levels(stack, loss)
+        held = trace_levels(stack, loss, levels)
         passes = count_passes(stack, loss)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,6 +1,6 @@
 """A step on the meta device at each level of recomputation, and the moments of its largest memory."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,12 +24,13 @@ from qlora.model.on_meta import OnMeta, meta_batch
 NEVER = (1 << 61) - 1
 
 
-def trace_levels(stack: Stack, loss: Loss) -> dict[str, list[Moment]]:
+def trace_levels(stack: Stack, loss: Loss, wanted: Container[str] | None = None) -> dict[str, list[Moment]]:
     """Run a step at each level of recomputation that the model supports.
 
     Args:
         stack: Layers of the model, reduced to those that represent the others.
         loss: Loss that is minimized.
+        wanted: Levels to run, if they are supported; default: all. On CUDA all are run, as they depend on each other.
 
     Returns:
         For each level, the fastest first, the memory at each moment that may be the peak.
@@ -48,6 +49,8 @@ def trace_levels(stack: Stack, loss: Loss) -> dict[str, list[Moment]]:
     held: dict[str, list[Moment]] = {}
     head: list[Held] = []
     for level in levels:
+        if wanted is not None and level not in wanted and device.type != "cuda":
+            continue
         apply_recompute(model, level)
         if not head:
             trace = _trace(stack, loss, short, short)

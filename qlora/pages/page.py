@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora.about import __version__
 from qlora.checkpoint import RunDirectory
-from qlora.errors import without_secrets
+from qlora.errors import secrets_of_environment, without_secrets
 from qlora.files import write_text
 from qlora.pages.run import describe_run
 from qlora.pages.settings import differing
@@ -65,20 +65,26 @@ def render_page(runs: Sequence[dict[str, Any]]) -> str:
 
 def as_inert_json(values: Any) -> str:
     """Return values as JSON that can't end the element it is in, without secrets and without numbers JSON lacks."""
-    text = json.dumps(_clean(values), ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+    text = json.dumps(
+        _clean(values, secrets_of_environment()),
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+        default=str,
+    )
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, str):
         # Half a surrogate pair, which UTF-8 has no bytes for, is shown as a question mark.
-        return without_secrets(value).encode("utf-8", "replace").decode()
+        return without_secrets(value, secrets).encode("utf-8", "replace").decode()
     if isinstance(value, dict):
-        return {_clean(str(key)): _clean(item) for key, item in value.items()}
+        return {_clean(str(key), secrets): _clean(item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [_clean(item, secrets) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

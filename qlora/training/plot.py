@@ -44,6 +44,7 @@ def draw_losses(metrics: Sequence[dict[str, Any]], target: Path, title: str = ""
         rate_axes = axes.twinx()
         rate_axes.plot(*zip(*rates, strict=True), "--", color="tab:gray", linewidth=1, label="learning rate")
         rate_axes.set(ylabel="learning rate", ylim=(0, None))
+        rate_axes.ticklabel_format(axis="y", scilimits=(0, 0))  # short labels, for which there is room
         lines = [*lines, *rate_axes.get_lines()]
     axes.legend(handles=lines)
     return _save(figure, target)
@@ -61,7 +62,7 @@ def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], target
     Returns:
         Whether it was drawn, see :func:`draw_losses`.
     """
-    if (figure := _figure()) is None:
+    if (figure := _figure(long_labels=True)) is None:
         return False
     size = max(4.5, 0.3 * len(names) + 2)
     figure.set_size_inches(size + 0.5, size)
@@ -103,13 +104,17 @@ def draw_rates(trials: Mapping[float, Mapping[int, float]], target: Path, title:
     return _save(figure, target)
 
 
-def _figure() -> Any:
-    """Return an empty figure; None if matplotlib, an optional dependency, is not installed."""
+def _figure(long_labels: bool = False) -> Any:
+    """Return an empty figure; None if matplotlib, an optional dependency, is not installed.
+
+    Args:
+        long_labels: Whether room has to be made for labels: the figure is drawn twice then.
+    """
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(8, 4.5), layout="constrained")
+    return Figure(figsize=(8, 4.5), layout="constrained" if long_labels else None)
 
 
 def _save(figure: Any, target: Path) -> bool:

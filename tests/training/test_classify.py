@@ -153,7 +153,7 @@ def test_evaluations_are_those_of_the_run(trained, rows, texts):
     run, _ = trained
     last = [line for line in lines_of(run) if "eval_loss" in line][-1]
     report = evaluate(run)
-    assert report.loss == pytest.approx(last["eval_loss"], rel=1e-3)
+    assert report.loss == pytest.approx(last["eval_loss"], rel=1e-3, abs=5e-4)  # bf16 rounds logits, not a small loss
     assert report.metrics == pytest.approx({key: last[f"eval_{key}"] for key in ("accuracy", "macro_f1")})
     assert report.confusion == last["eval_confusion"]
     assert [each["label"] for each in report.labels] == ["metal", "plant", "tree"]
