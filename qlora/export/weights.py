@@ -1,6 +1,6 @@
 """The merged weights of an adapter and its base, computed one tensor at a time from their files."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ from qlora.model.mergeable import mergeable_tensors
 from qlora.model.names import embedding_and_head_tensors, names_in_files, transposed_modules
 from qlora.model.score import head_shapes, vocabulary_head
 from qlora.model.text_only import names_as_text
-from qlora.nf4 import dequantize, quantize
+from qlora.nf4 import dequantize, dequantize_rows, quantize_rows
 
 ONTO = ("dequantized", "original")
+# Values that are read at a time to be quantized.
+QUANTIZED_NUMEL = 1 << 19
 
 
 class MergedWeights:
@@ -198,7 +200,7 @@ class MergedWeights:
         for block in self._summed(name, base):
             yield block.mul_(row_scale(magnitude, norms))
 
-    def _summed(self, name: str, base: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    def _summed(self, name: str, base: Callable[[slice], torch.Tensor] | None) -> Iterator[torch.Tensor]:
         """Yield blocks of the rows of a tensor with its updates, before DoRA scales it.
 
         Args:
@@ -207,7 +209,7 @@ class MergedWeights:
         """
         deltas = self._deltas(name)
         for rows in row_blocks(self._shapes[name]):
-            stored = self._read_rows(name, rows) if base is None else base[rows]
+            stored = self._read_rows(name, rows) if base is None else base(rows)
             # A copy, because the update is added in place, and the base may be read again.
             dtype = torch.float32 if stored.is_floating_point() else stored.dtype
             block = stored.to(self.device, dtype, copy=True)
@@ -225,29 +227,41 @@ class MergedWeights:
             start += len(block)
         return whole
 
-    def _dequantized(self, name: str) -> torch.Tensor | None:
-        """Return a whole weight as training used it, in the compute dtype; None if it is used as stored in the files.
+    def _dequantized(self, name: str) -> Callable[[slice], torch.Tensor] | None:
+        """Return a function that gives rows of a weight as training used it, in the compute dtype.
 
-        With double quantization the statistics of a block depend on those of all others, so it is not split into rows.
+        With double quantization the statistics of a block depend on those of all others, so all of the weight is
+        quantized before its first row is dequantized.
+
+        Returns:
+            The function; None for a weight that is used as stored in the files.
         """
         if self._base.is_4bit(name):
-            return dequantize(*self._base.read_4bit(name, self.device), self._compute_dtype)
+            return dequantize_rows(*self._base.read_4bit(name, self.device), self._compute_dtype)
         if name not in self._quantized:
             return None
-        is_transposed = self._quantized[name] in self._transposed
-        source, start = self.source, self._starts.get(self._quantized[name])
-        weight = self._base.read(name).to(self.device)
-        weight = subtracted(weight.T if is_transposed else weight, start).to(self._compute_dtype)
-        packed = quantize(weight, source.double_quant, source.block_size)
-        del weight
+        module, source = self._quantized[name], self.source
+        start = self._starts.get(module)
+        is_transposed = module in self._transposed
+        if is_transposed or start is not None:
+            whole = self._base.read(name).to(self.device)
+            blocks = iter([subtracted(whole.T if is_transposed else whole, start)])
+        else:
+            parts = row_blocks(self._shapes[name], QUANTIZED_NUMEL)
+            blocks = (self._base.read(name, rows).to(self.device) for rows in parts)
+        shape = self._shapes[name][::-1] if is_transposed else self._shapes[name]
+        packed, state = quantize_rows(
+            (block.to(self._compute_dtype) for block in blocks), shape, source.double_quant, source.block_size
+        )
         is_comparable = self.device.type == source.trained_on and not self._force
-        if start is not None and is_comparable and not has_codes(start, packed[0]):
+        if start is not None and is_comparable and not has_codes(start, packed):
             raise ExportError(
                 f"{name}: the base has other 4-bit codes than the one that the run's adapter starts from; restore the "
                 "base that it was trained on."
             )
-        weight = dequantize(*packed, self._compute_dtype)
-        return weight.T if is_transposed else weight
+        if is_transposed:
+            return dequantize(packed, state, self._compute_dtype).T.__getitem__
+        return dequantize_rows(packed, state, self._compute_dtype)
 
     def _deltas(self, name: str) -> tuple[LowRank, ...]:
         """Return the adapter's updates of a tensor, in fp32 and in the tensor's orientation; empty if it has none."""

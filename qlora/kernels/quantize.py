@@ -10,13 +10,20 @@ CELLS = 1 << 15
 # In place of the code of such a cell, and of eight of them.
 UNDECIDED = 16
 ANY_UNDECIDED = 0x1010101010101010
-# Values at a time for each thread, so that temporary tensors stay in its cache.
-CHUNK = 1 << 17
+# Values at a time for each thread, so that temporary tensors stay in its cache; with half as many, calls take longer.
+CHUNK = 1 << 18
 # Smallest absmax to divide by, as in bitsandbytes.
 LEAST = 1e-38
+# bf16 numbers as integers: 1, 2 and the smallest absmax that is looked up by bits, 2⁻⁶⁴; the number of negative int16.
+ONE_BITS, TWO_BITS, LEAST_BITS = 127 << 7, 128 << 7, 63 << 7
+NEGATIVE = 1 << 15
+# From the lowest negative int16 up to the bits of 2.
+BF16_VALUES = NEGATIVE + TWO_BITS
 
 
-def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit_cpu(
+    weight: torch.Tensor, code: torch.Tensor, block_size: int, packed: torch.Tensor, absmax: torch.Tensor
+) -> None:
     """Scale blocks of a weight by their largest magnitude, and take the nearest code of each value.
 
     Bit-equal to bitsandbytes 0.50 on a CPU, whose search takes several times as long. A value halfway between two codes
@@ -26,30 +33,73 @@ def quantize_4bit_cpu(weight: torch.Tensor, code: torch.Tensor, block_size: int)
         weight: On a CPU, in fp32, bf16 or fp16; its size is a multiple of `block_size`.
         code: (16,) fp32, ascending from -1 to 1.
         block_size: Values that share an absmax, a power of two from 8 to 4096.
-
-    Returns:
-        The codes, (numel / 2, 1) uint8, the first of each pair in the upper half; and the absmax, (blocks,) fp32.
+        packed: Gets the codes, (numel / 2,) uint8, the first of each pair in the upper half.
+        absmax: Gets the largest magnitudes, (blocks,) fp32.
     """
-    boundaries, code_of_cell = _tables(tuple(code.tolist()))
-    values = weight.reshape(-1)
-    packed = torch.empty(len(values) // 2, dtype=torch.uint8, device="cpu")
-    absmax = torch.empty(len(values) // block_size, dtype=torch.float32, device="cpu")
+    key, values = tuple(code.tolist()), weight.reshape(-1)
     chunk = CHUNK * torch.get_num_threads()
     for start in range(0, len(values), chunk):
-        blocks = values[start : start + chunk].float().view(-1, block_size)
+        blocks = values[start : start + chunk].view(-1, block_size)
         largest = absmax[start // block_size :][: len(blocks)]
-        torch.amax(blocks.abs(), dim=1, out=largest)
-        scaled = blocks * (1 / largest.clamp(min=LEAST)).view(-1, 1)
-        if not math.isfinite(largest.max()):
-            scaled = scaled.clamp_(-1, 1).nan_to_num_(1)
-        codes = code_of_cell.index_select(0, _cell(scaled).view(-1))
-        # Eight at a time, because to look at all takes as long as to look up all.
-        places = (codes.view(torch.int64) & ANY_UNDECIDED).nonzero().view(-1)
-        decided = torch.searchsorted(boundaries, scaled.view(-1, 8).index_select(0, places), out_int32=True)
-        codes.view(-1, 8).index_copy_(0, places, decided.to(torch.uint8))
+        codes = _codes_of_bf16(blocks, key, largest) if weight.dtype == torch.bfloat16 else None
+        if codes is None:
+            codes = _codes(blocks.float(), key, largest)
         pairs = codes.view(torch.int16)  # little-endian: the first is the lower byte
         packed[start // 2 :][: len(pairs)] = (pairs << 4) | (pairs >> 8)
-    return packed.view(-1, 1), absmax
+
+
+def _codes_of_bf16(blocks: torch.Tensor, code: tuple[float, ...], absmax: torch.Tensor) -> torch.Tensor | None:
+    """Look up codes by the bits of the values, as if each block had its absmax in [1, 2).
+
+    A quotient does not change if both numbers are multiplied by a power of two, so a table by the 7 bits of the
+    absmax's mantissa and the bits of the value has every code, and nothing is left to a search.
+
+    Returns:
+        The codes, (numel,) uint8; None if powers of two may change the quotient of a block, because its absmax is tiny
+        or not finite, or if an absmax is 2 or more, which the table does not hold.
+    """
+    bits = blocks.view(torch.int16)
+    largest = torch.amax(bits & 0x7FFF, dim=1)  # magnitudes are in the order of their bits
+    least, most = largest.aminmax()
+    if least < LEAST_BITS or most >= TWO_BITS:
+        return None
+    absmax.copy_(largest.view(torch.bfloat16))
+    mantissa = (largest & 0x7F).int()
+    # A bf16 number has its exponent above 7 bits of mantissa, so this moves the exponent to that of 1.
+    first = mantissa * BF16_VALUES + (NEGATIVE + ONE_BITS) - (largest - mantissa)
+    return _bf16_table(code).index_select(0, bits.int().add_(first.view(-1, 1)).view(-1))
+
+
+def _codes(blocks: torch.Tensor, code: tuple[float, ...], absmax: torch.Tensor) -> torch.Tensor:
+    """Return the codes of blocks in fp32, (numel,) uint8: looked up by cells, and searched for in a few of them."""
+    boundaries, code_of_cell = _tables(code)
+    torch.amax(blocks.abs(), dim=1, out=absmax)
+    scaled = blocks * (1 / absmax.clamp(min=LEAST)).view(-1, 1)
+    if not math.isfinite(absmax.max()):
+        scaled = scaled.clamp_(-1, 1).nan_to_num_(1)
+    codes = code_of_cell.index_select(0, _cell(scaled).view(-1))
+    # Eight at a time, because to look at all takes as long as to look up all.
+    places = (codes.view(torch.int64) & ANY_UNDECIDED).nonzero().view(-1)
+    decided = torch.searchsorted(boundaries, scaled.view(-1, 8).index_select(0, places), out_int32=True)
+    codes.view(-1, 8).index_copy_(0, places, decided.to(torch.uint8))
+    return codes
+
+
+@lru_cache
+def _bf16_table(code: tuple[float, ...]) -> torch.Tensor:
+    """Return the code of each value by the mantissa of its block's absmax, (128 * BF16_VALUES,) uint8.
+
+    For each mantissa, the values of magnitudes below 2 in the order of their bits as int16: the negative ones, then a
+    gap, then the others.
+    """
+    boundaries, _ = _tables(code)
+    bits = torch.arange(TWO_BITS, dtype=torch.int16, device="cpu")
+    magnitudes = bits.view(torch.bfloat16).float()
+    scales = 1 / magnitudes[ONE_BITS:].view(-1, 1)
+    table = torch.empty(len(scales), BF16_VALUES, dtype=torch.uint8, device="cpu")
+    for start, sign in ((0, -1), (NEGATIVE, 1)):
+        table[:, start : start + TWO_BITS] = torch.searchsorted(boundaries, sign * magnitudes * scales, out_int32=True)
+    return table.view(-1)
 
 
 @lru_cache

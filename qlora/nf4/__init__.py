@@ -19,9 +19,11 @@ from qlora.nf4.quantize import (
     NF4,
     dequantize,
     dequantize_path,
+    dequantize_rows,
     is_bitsandbytes_linear,
     nf4_num_bytes,
     quantize,
+    quantize_rows,
 )
 
 __all__ = [
@@ -36,10 +38,12 @@ __all__ = [
     "checkpoint_layout",
     "dequantize",
     "dequantize_path",
+    "dequantize_rows",
     "from_checkpoint_tensors",
     "is_bitsandbytes_linear",
     "nf4_num_bytes",
     "quantize",
+    "quantize_rows",
     "statistics_by_weight",
     "to_checkpoint_tensors",
 ]

@@ -3,7 +3,8 @@
 bitsandbytes imports torch's compiler, which takes a second and a half, so it is imported only where it is called.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,21 +40,57 @@ def quantize(
     Returns:
         The packed codes, (ceil(out * in / 2), 1) uint8, and the state needed to dequantize them.
     """
-    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+    from bitsandbytes.functional import quantize_4bit
 
-    if weight.device.type != "cpu" or weight.numel() % block_size:
-        kind = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": "nf4"}
-        return quantize_4bit(weight.contiguous(), **kind)
+    if weight.device.type == "cpu" and weight.numel() % block_size == 0:
+        return _quantize_cpu([weight], weight.shape, double_quant, block_size)
+    kind = {"blocksize": block_size, "compress_statistics": double_quant, "quant_type": "nf4"}
+    return quantize_4bit(weight.contiguous(), **kind)
+
+
+def quantize_rows(
+    blocks: Iterable[torch.Tensor], shape: Sequence[int], double_quant: bool = True, block_size: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, "QuantState"]:
+    """Quantize a weight that is given in blocks of its rows; on a CPU, each while it is in the processor's cache.
+
+    Args:
+        blocks: The rows in order, (rows, in) each, of the same dtype.
+        shape: (out, in).
+        double_quant: See :func:`quantize`.
+        block_size: See :func:`quantize`.
+
+    Returns:
+        What :func:`quantize` gives for the whole weight, bit for bit.
+    """
+    blocks = iter(blocks)
+    first = next(blocks)
+    if first.device.type != "cpu" or shape[-1] % block_size:
+        return quantize(torch.cat([first, *blocks]), double_quant, block_size)
+    return _quantize_cpu(chain([first], blocks), torch.Size(shape), double_quant, block_size)
+
+
+def _quantize_cpu(
+    blocks: Iterable[torch.Tensor], shape: torch.Size, double_quant: bool, block_size: int
+) -> tuple[torch.Tensor, "QuantState"]:
+    """Quantize a weight given in parts, each a whole number of blocks that share an absmax."""
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
     code = get_4bit_type("nf4", device="cpu")
-    packed, absmax = quantize_4bit_cpu(weight, code, block_size)
+    packed = torch.empty(shape.numel() // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(shape.numel() // block_size, dtype=torch.float32, device="cpu")
+    start, dtype = 0, None
+    for block in blocks:
+        end, dtype = start + block.numel(), block.dtype
+        places = packed[start // 2 : end // 2], absmax[start // block_size : end // block_size]
+        quantize_4bit_cpu(block, code, block_size, *places)
+        start = end
     nested: dict[str, Any] = {}
     if double_quant:
         offset = absmax.mean()
         absmax, state2 = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         nested = {"offset": offset, "state2": state2}
-    return packed, QuantState(
-        absmax, weight.shape, code, blocksize=block_size, quant_type="nf4", dtype=weight.dtype, **nested
-    )
+    state = QuantState(absmax, shape, code, blocksize=block_size, quant_type="nf4", dtype=dtype, **nested)
+    return packed.view(-1, 1), state
 
 
 def dequantize(
@@ -95,6 +132,33 @@ def dequantize(
 
     verify_kernel(kind, f"a {' × '.join(map(str, wanted.shape))} weight", is_same)
     return wanted
+
+
+def dequantize_rows(packed: torch.Tensor, state: "QuantState", dtype: torch.dtype) -> Callable[[slice], torch.Tensor]:
+    """Return a function that dequantizes some rows of a weight, bit-equal to those of :func:`dequantize`.
+
+    Where a row is not a whole number of blocks, the weight is dequantized at once, and the function gives its rows.
+
+    Args:
+        packed: The codes.
+        state: The blocks' statistics, which are dequantized at once.
+        dtype: Dtype of the rows.
+    """
+    from bitsandbytes.functional import QuantState
+
+    num_rows, columns = state.shape
+    if columns % state.blocksize:
+        return dequantize(packed, state, dtype).__getitem__
+    absmax = _plain_absmax(state).view(num_rows, -1)
+    codes = packed.view(torch.uint8).view(-1)[: num_rows * columns // 2].view(num_rows, -1)
+
+    def read(rows: slice) -> torch.Tensor:
+        own = codes[rows]
+        settings = {"code": state.code, "blocksize": state.blocksize, "quant_type": state.quant_type}
+        part = QuantState(absmax[rows].view(-1), torch.Size((len(own), columns)), dtype=state.dtype, **settings)
+        return dequantize(own, part, dtype)
+
+    return read
 
 
 def verify_kernel(kind: tuple, name: str, is_same: Callable[[], bool]) -> bool:
@@ -226,15 +290,11 @@ def _dequantize_bitsandbytes(
 def _dequantize_bitsandbytes_alone(
     packed: torch.Tensor, state: "QuantState", dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_blockwise
-
     if state.quant_type == MXFP4:  # which bitsandbytes does not know
         return dequantize_4bit_plain(
             packed, state.code, state.absmax, state.shape, dtype, state.blocksize, **_nested(state), out=out
         )
-    absmax = state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
+    absmax = _plain_absmax(state)
     if packed.is_cuda:
         arguments = (packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
         if out is None or is_traced(packed):  # its check of `out` raises for any shape while it is traced
@@ -249,6 +309,15 @@ def _dequantize_bitsandbytes_alone(
         packed, absmax, state.blocksize, state.quant_type, flat, dtype
     ).view(state.shape)
     return weight if out is None else out.copy_(weight)
+
+
+def _plain_absmax(state: "QuantState") -> torch.Tensor:
+    """Return the blocks' absmax in fp32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax
+    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
 def nf4_num_bytes(packed: torch.Tensor, state: "QuantState") -> int:

@@ -6,8 +6,15 @@ import bitsandbytes
 import pytest
 import torch
 
-from qlora.kernels.quantize import _tables, quantize_4bit_cpu
-from qlora.nf4 import dequantize, is_bitsandbytes_linear, nf4_num_bytes, quantize
+from qlora.kernels.quantize import _bf16_table, _tables
+from qlora.nf4 import (
+    dequantize,
+    dequantize_rows,
+    is_bitsandbytes_linear,
+    nf4_num_bytes,
+    quantize,
+    quantize_rows,
+)
 from tests.reference import nf4 as reference
 
 # Whole blocks, then sizes that are no multiple of 64, of 32 or of 2.
@@ -161,15 +168,47 @@ def test_codes_and_statistics_are_bitsandbytes_bit_for_bit(
     assert (state.shape, state.dtype) == (wanted_state.shape, wanted_state.dtype)
 
 
-def test_defaults_of_the_first_call_do_not_change_later_ones(generator):
-    weight = torch.randn(64, 64, generator=generator)
+@pytest.mark.parametrize("exponent", [62, 63, 120, 127, 128, 254])
+def test_every_bf16_value_gets_bitsandbytes_code_below_every_absmax(exponent):
+    def from_bits(first, end):
+        return torch.arange(first, end, dtype=torch.int16).view(torch.bfloat16)
+
+    absmax, values = from_bits(exponent << 7, (exponent + 1) << 7), from_bits((exponent - 8) << 7, (exponent + 1) << 7)
+    values = torch.cat([values, -values])
+    blocks = torch.minimum(values.repeat(128, 1), absmax[:, None]).maximum(-absmax[:, None]).view(-1, 32)
+    weight = torch.cat([absmax.repeat_interleave(len(values) // 32)[:, None].expand(-1, 32), blocks], dim=1)
+    packed, state = quantize(weight, double_quant=False)
+    wanted, wanted_state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(packed, wanted)
+    assert torch.equal(state.absmax, wanted_state.absmax)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(70, 192), (172, 64), (64, 172), (33, 50)])
+def test_rows_are_quantized_and_dequantized_as_the_whole_weight(shape, double_quant, generator):
+    weight = random_weight(shape, generator, torch.bfloat16)
+    wanted = quantize(weight, double_quant)
+    packed, state = quantize_rows(weight.split(9), shape, double_quant)
+    assert torch.equal(packed, wanted[0])
+    assert (state.shape, state.dtype) == (weight.shape, weight.dtype)
+    for name, tensor in state.as_dict(packed=True).items():
+        assert torch.equal(tensor, wanted[1].as_dict(packed=True)[name]), name
+    whole, read = dequantize(*wanted, torch.float16), dequantize_rows(packed, state, torch.float16)
+    for rows in (slice(0, 9), slice(9, 18), slice(31, None)):
+        assert torch.equal(read(rows), whole[rows])
+
+
+@pytest.mark.parametrize("first_in", [torch.float32, torch.bfloat16])
+def test_defaults_of_the_first_call_do_not_change_later_ones(first_in, generator):
+    weight = torch.randn(64, 64, generator=generator).to(first_in)
     wanted, _ = quantize(weight, double_quant=False)
     for device, dtype in (("meta", torch.float32), ("cpu", torch.float64)):
         _tables.cache_clear()
+        _bf16_table.cache_clear()
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                quantize_4bit_cpu(weight, reference.CODE, 64)
+                quantize(weight, double_quant=False)
         finally:
             torch.set_default_dtype(torch.float32)
         assert torch.equal(quantize(weight, double_quant=False)[0], wanted)

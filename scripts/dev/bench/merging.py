@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="limits")
     parser.add_argument("--layers", type=int, help="number of layers, if the disk is too small for the shape's")
+    parser.add_argument("--vocabulary", type=int, help="size of the vocabulary, if not the shape's")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="folder of the temporary files")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -47,7 +48,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        largest = make_files(folder, arguments.shape, arguments.layers, arguments.rank)
+        given = {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
+        sizes = SHAPES[arguments.shape] | {name: size for name, size in given.items() if size is not None}
+        largest = make_files(folder, sizes, arguments.rank)
         checkpoint = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors")) / 1e6
         found: dict[str, list[dict[str, float]]] = {}
         for way in WAYS:
@@ -75,7 +78,7 @@ def main() -> None:
     append(TARGET, TITLE, lines)
 
 
-def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> float:
+def make_files(folder: Path, sizes: dict[str, int], rank: int) -> float:
     """Write a base and a run on it without building a model; return the size of its largest tensor in fp32, MB."""
     import torch
     from safetensors.torch import save_file
@@ -88,7 +91,6 @@ def make_files(folder: Path, shape: str, num_layers: int | None, rank: int) -> f
 
     base, run = folder / "base", folder / "run"
     (run / "adapter").mkdir(parents=True)
-    sizes = SHAPES[shape] | ({"num_hidden_layers": num_layers} if num_layers else {})
     config = LlamaConfig(**{"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]} | sizes)
     config.save_pretrained(base)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
