@@ -41,14 +41,12 @@ from qlora.proof.expected import ExpectedWeights
 from qlora.proof.files import SAMPLE_TEXTS, check_config, check_head, check_scores, check_tokenizer, check_weight_files
 from qlora.proof.gguf import check_gguf
 from qlora.proof.gguf_adapter import check_gguf_adapter
-from qlora.proof.predictions import PROMPTS, Predictions, compare, fixed_examples, loss_noise, predict
+from qlora.proof.predictions import MAX_KL, PROMPTS, Predictions, compare, fixed_examples, loss_noise, predict
 from qlora.proof.scores import MAX_SCORE_DIFFERENCE, Scores, compare_scores, predict_scores
 from qlora.proof.served import Served, check_installed, serve
 from qlora.proof.tensors import WrittenFolder, check_tensors
 
-# Mean KL divergence and difference of losses, in nats, above which two models don't match: ten times the difference
-# measured between bf16 and fp16 arithmetic.
-MAX_KL = 0.01
+# Difference of losses, in nats, above which two models don't match, besides what rounding of the predictions explains.
 MAX_LOSS_DIFFERENCE = 0.01
 NOT_COMPARED = (
     "The adapter was made elsewhere, so there is no run and no held-out data to compare it with: losses are those of "
