@@ -19,8 +19,9 @@ BLOCK = 128
 PAD_TO = 32
 # Number of scores that are computed at a time, unless those of one key head and a block of queries are more.
 TILE = 1 << 20
-# Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast.
-MAX_LENGTH = 4096
+# Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast; where it
+# computes in tiles (AMX), sooner, as docs/benchmarks/attention.md shows.
+MAX_LENGTH = 512 if torch.cpu._is_amx_tile_supported() else 4096
 
 
 def causal_attention(
