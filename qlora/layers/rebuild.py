@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora.kernels import GatedProduct, rebuilt
 from qlora.layers.self_attention import fit_self_attention
-from qlora.layers.trial import Chooser, Function, is_close, stand_in
+from qlora.layers.trial import Chooser, Function, is_close, stand_ins
 from qlora.lora import linears_of, lora_layers
 from qlora.out_of_memory import is_out_of_memory
 
@@ -69,14 +69,15 @@ class GatedMLP(nn.Module):
 def rebuild_activations(model: Any) -> str:
     """Replace a model's norms, gated MLPs and self-attention by modules that save less and compute the same.
 
-    A module is left unchanged if its replacement computes something else on a few random rows, or if it has hooks;
-    norms and MLPs also if they have trained parameters of their own.
+    A module is left unchanged if its replacement computes something else on a few random rows, in training or in
+    evaluation, or if it has hooks; norms and MLPs also if they have trained parameters of their own.
 
     Args:
         model: A model of transformers.
 
     Returns:
-        What computes them now, for reports: fused kernels, plain torch, or both, what stays because of hooks, and why.
+        What computes them now, for reports: fused kernels, plain torch, or both, what stays because of hooks, and why
+        plain torch is used.
     """
     chooser = Chooser(model.device, model.dtype)
     for find in (_smaller, fit_self_attention):  # attention last, because its norms are among the replaced ones
@@ -95,16 +96,22 @@ def _smaller(module: Any, chooser: Chooser) -> nn.Module | None:
         return None
     names = set(dict(module.named_children()))
     is_norm = type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not names
-    if not (is_norm or names == GATED) or not chooser.may_replace(module):
+    if not (is_norm or names == GATED):
+        return None
+    uncalled = () if is_norm else (module.act_fn,)  # the linear layers are called as before
+    if not chooser.may_replace(module, *uncalled):
         return None
     if is_norm:
         return RebuiltNorm(module, chooser.norm(module))
     gate, up, down = (chooser.linear() for _ in range(3))
-    children = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module.act_fn}
-    x = chooser.rows(largest=1)
+    # No model has a sine of its own, so it shows whether `act_fn` is called; and it keeps the products of large values,
+    # which show whether they are clipped, among fp16's numbers.
+    children = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": torch.sin}
+    x = chooser.rows(largest=3)
     try:
         with torch.no_grad():
-            is_all = is_close(stand_in(module, children)(x), down(module.act_fn(gate(x)) * up(x)), 0.0)
+            expected = down(torch.sin(gate(x)) * up(x))
+            is_all = all(is_close(copied(x), expected, 0.0) for copied in stand_ins(module, children))
         features = module.gate_proj.out_features
     except Exception as error:  # any error of a module's own code may say that it does something else
         if is_out_of_memory(error):

@@ -17,7 +17,7 @@ from torch import nn
 
 from qlora.kernels import rotate
 from qlora.layers.attention import NAME, document_attention
-from qlora.layers.trial import PROBE_ROWS, TOLERANCE, Chooser, is_close, stand_in
+from qlora.layers.trial import PROBE_ROWS, TOLERANCE, Chooser, is_close, stand_ins
 from qlora.lora import linears_of
 from qlora.out_of_memory import is_out_of_memory
 
@@ -85,8 +85,8 @@ class SelfAttention(nn.Module):
 def fit_self_attention(own: Any, chooser: Chooser) -> SelfAttention | None:
     """Return what may replace a module of a model, or None if it is no such self-attention or does anything else.
 
-    A copy of the module, with random projections and norms, is called with an attention function that records what it
-    is given.
+    Copies of the module, with random projections and norms, are called with an attention function that records what it
+    is given, one in evaluation and one in training.
 
     Args:
         own: The module.
@@ -106,26 +106,44 @@ def fit_self_attention(own: Any, chooser: Chooser) -> SelfAttention | None:
     if not chooser.may_replace(own):
         return None
     try:
-        copied = stand_in(own, _random_children(own, names, width, chooser))
+        copies = stand_ins(own, _random_children(own, names, width, chooser))
         x = chooser.rows(largest=2)
         cos, sin = (chooser.draw(1, PROBE_ROWS, width) for _ in range(2))
         with torch.no_grad(), _recorded(config) as given:
-            expected, _ = copied(x, position_embeddings=(cos, sin), attention_mask=None)
-            settings = {name: value for name, value in given["settings"].items() if value is not None}
-            fitted = SelfAttention(copied, settings, fused=False)
-            heads = fitted.heads(x, cos, sin)
-            found = fitted.o_proj(_attended(heads[0]).flatten(2))
+            settings, of_training = (_settings(copied, given, x, cos, sin) for copied in copies)
     except Exception as error:  # it is called in another way, and any error of a layer's own code may say so
         if is_out_of_memory(error):
             raise
         return None
+    if settings is None or settings != of_training:
+        return None
+    return SelfAttention(own, settings, chooser.fuses_rotation(width))
+
+
+def _settings(
+    tried: Any, given: dict[str, Any], x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> dict[str, Any] | None:
+    """Return the numbers that a layer gives to its attention function, or None if it computes or gives anything else.
+
+    Args:
+        tried: The layer.
+        given: What its attention function records, see :func:`_recorded`.
+        x: Hidden states, (1, seq, features).
+        cos: Cosines of the angles, (1, seq, head_dim).
+        sin: Sines of the angles.
+    """
+    expected, _ = tried(x, position_embeddings=(cos, sin), attention_mask=None)
+    settings = {name: value for name, value in given["settings"].items() if value is not None}
+    fitted = SelfAttention(tried, settings, fused=False)
+    heads = fitted.heads(x, cos, sin)
+    found = fitted.o_proj(_attended(heads[0]).flatten(2))
     pairs = zip((*heads, found), (*given["heads"], expected), strict=True)
     is_same = all(
         one.shape == other.shape and one.dtype == other.dtype and is_close(one, other, TOLERANCE)
         for one, other in pairs
     )
     is_plain = not settings.pop("dropout", 0) and all(isinstance(value, (int, float)) for value in settings.values())
-    return SelfAttention(own, settings, chooser.fuses_rotation(width)) if is_same and is_plain else None
+    return settings if is_same and is_plain else None
 
 
 def _random_children(own: Any, names: set[str], width: int, chooser: Chooser) -> dict[str, Any]:

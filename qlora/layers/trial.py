@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qlora.hooks import has_hooks
 from qlora.kernels import ACTIVATIONS, GatedProduct, RMSNorm, describe_failure, rebuilt, rotate, unfused_reason
-from qlora.lora import has_hooks
 
 # Rows of a trial. Kernels are compiled apart for numbers of values that are multiples of 16, and mask the last rows of
 # a tile, so that they are tried on all of these rows and on all but the last.
@@ -43,7 +43,7 @@ class Chooser:
         self._hooked = dict[str, None]()  # kinds of modules with hooks, in the model's order
 
     def report(self) -> str:
-        """Return what was chosen, and after `: ` why plain torch was, or why modules stay as they are."""
+        """Return what was chosen, and after `: ` why plain torch was."""
         chosen, reasons = "fused kernels" if self._is_fused else "plain torch", list(self._reasons.values())
         if self._reason_never is not None:
             reasons = [self._reason_never]
@@ -52,13 +52,17 @@ class Chooser:
         elif not self._is_fused and not reasons:
             reasons = ["there is nothing to compute"]
         if self._hooked:
-            chosen += f"; {', '.join(self._hooked)} not replaced"
-            reasons.append("hooks wait for their calls")
+            chosen += f"; {', '.join(self._hooked)} with hooks not replaced"
         return ": ".join([chosen, *([", ".join(dict.fromkeys(reasons))] if reasons else [])])
 
-    def may_replace(self, module: Any) -> bool:
-        """Return whether a module may be tried and replaced: not if it has hooks, which would see the trial only."""
-        if has_hooks(module):
+    def may_replace(self, module: Any, *parts: Any) -> bool:
+        """Return whether a module may be replaced: not if it has hooks, which its replacement would not call.
+
+        Args:
+            module: The module.
+            parts: Modules in it that its replacement would not call either.
+        """
+        if any(map(has_hooks, (module, *parts))):
             self._hooked[type(module).__name__] = None
             return False
         return True
@@ -84,7 +88,8 @@ class Chooser:
             return act_fn(gate) * up
 
         forms = [GatedProduct(activation) for activation in ACTIVATIONS]
-        gate, up = self.random_rows(features), self.random_rows(features)
+        sizes = torch.logspace(-2, 2, PROBE_ROWS)[:, None]  # an activation may clip large values (GELU at 10)
+        gate, up = self.random_rows(features, sizes), self.random_rows(features)
         return self._choose(type(act_fn).__name__, product, forms, gate, up)
 
     def fuses_rotation(self, width: int) -> bool:
@@ -110,7 +115,7 @@ class Chooser:
         return rows.to(self._device, self._dtype)
 
     def linear(self, inputs: int = FEATURES, outputs: int = FEATURES) -> Function:
-        """Return a random linear function, (…, inputs) -> (…, outputs), for :func:`stand_in`."""
+        """Return a random linear function, (…, inputs) -> (…, outputs), for :func:`stand_ins`."""
         return partial(F.linear, weight=self.draw(outputs, inputs, sizes=inputs**-0.5))
 
     def rows(self, largest: int) -> torch.Tensor:
@@ -151,11 +156,17 @@ class Chooser:
         return False
 
 
-def stand_in(module: Any, children: Mapping[str, Any]) -> Any:
-    """Return a copy of a module with other children, so that it can be tried without the model's values."""
-    copied = copy.copy(module)
-    copied._modules = dict(children)
-    return copied
+def stand_ins(module: Any, children: Mapping[str, Any]) -> list[Any]:
+    """Return copies of a module with other children, so that it can be tried without the model's values.
+
+    One is in evaluation mode and one in training mode, in which a module may compute something else, such as dropout.
+    """
+    copies = []
+    for is_training in (False, True):
+        copied = copy.copy(module)
+        copied._modules, copied.training = dict(children), is_training
+        copies.append(copied)
+    return copies
 
 
 def _same(function: Function, own: Function, *inputs: torch.Tensor) -> bool:

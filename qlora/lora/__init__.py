@@ -27,7 +27,7 @@ from qlora.lora.inject import (
     wrap_layers,
     wrap_linears,
 )
-from qlora.lora.linear import LoraLinear, StoredAdapter, has_hooks, linears_of
+from qlora.lora.linear import LoraLinear, StoredAdapter, linears_of
 from qlora.lora.match import matches, unmatched
 from qlora.lora.plain import is_linear
 from qlora.lora.ranks import RankBudget
@@ -86,7 +86,6 @@ __all__ = [
     "choose_form",
     "describe_experts",
     "eva_factors",
-    "has_hooks",
     "head_blocks",
     "is_linear",
     "keep_starts",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.hooks import has_hooks
 from qlora.kernels import Delta, LowRank, SparseRows, fold, row_norms
 from qlora.lora.function import Product, dora_linear, lora_linears
 from qlora.lora.initial import orthogonal
@@ -205,7 +206,7 @@ class LoraLinear(nn.Module):
 
     @property
     def _is_alone(self) -> bool:
-        """Whether the layer has to be called by itself: it computes something else, or a hook waits for its call."""
+        """Whether the layer has to be called by itself: it computes something else, or has hooks."""
         return self.is_off or self.is_at_start or self.spec.kind == "dora" or has_hooks(self)
 
     def _product(self) -> Product:
@@ -244,13 +245,6 @@ class LoraLinear(nn.Module):
 
     def _cast(self, dtype: torch.dtype) -> list[Delta]:
         return [delta.make(*(tensor.to(dtype) for tensor in delta.tensors)) for delta in self.deltas]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether hooks wait for the calls of a module, or for their gradients."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def linears_of(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:

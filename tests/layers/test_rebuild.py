@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +22,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qlora.data import collate, make_example
 from qlora.kernels import HAS_TRITON, GatedProduct, RMSNorm
@@ -34,7 +36,7 @@ from qlora.lora import add_lora, lora_layers
 from qlora.model import load_base, supervised_loss
 from tests.interpreted import interpret
 from tests.layers.test_packed import loss_and_gradients
-from tests.tiny import make_base
+from tests.tiny import SIZES, make_base
 
 # Norms, gated MLPs and self-attentions that are replaced in two layers. Windows are shorter than the documents.
 FAMILIES = {
@@ -94,18 +96,84 @@ def test_it_computes_the_same(config_class, sizes, expected, recompute, tmp_path
         assert supervised_loss(model.eval(), one).item() == pytest.approx(loss, rel=1e-6)
 
 
-def test_an_mlp_of_the_same_names_that_does_more_is_left_alone(tiny_base):
-    model, _ = load_base(str(tiny_base))
-    mlp = model.model.layers[0].mlp
+class OtherMLP(LlamaMLP):
+    """Computes something else than its class does."""
 
-    class Doubled(type(mlp)):
-        def forward(self, x):
-            return 2 * super().forward(x)
+    change = ""
 
-    mlp.__class__ = Doubled
+    def forward(self, x):
+        if self.change == "error":
+            raise AssertionError("a kernel of its own")
+        if self.change == "memory":
+            raise torch.OutOfMemoryError("no memory is left")
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.change == "limited gate":
+            gate = gate.clamp(max=300)
+        if self.change == "limited up":
+            up = up.clamp(-300, 300)
+        act_fn = F.silu if self.change == "another activation" else self.act_fn
+        out = self.down_proj(act_fn(gate) * up)
+        return 2 * out if self.change == "doubled" and self.training else out
+
+
+def model_with_other_mlp(change):
+    """Return a model whose first MLP computes something else, in fp16, which overflows first."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float16).eval().requires_grad_(False)
+    model.model.layers[0].mlp.__class__ = OtherMLP
+    model.model.layers[0].mlp.change = change
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("change", "is_replaced"),
+    [
+        ("", True),
+        ("doubled", False),
+        ("limited gate", False),
+        ("limited up", False),
+        ("another activation", False),
+        ("error", False),
+    ],
+)
+def test_an_mlp_of_the_same_names_that_does_more_is_left_alone(change, is_replaced, device):
+    model = model_with_other_mlp(change).to(device)
     rebuild_activations(model)
-    assert type(model.model.layers[0].mlp) is Doubled
-    assert isinstance(model.model.layers[1].mlp, GatedMLP)
+    assert [isinstance(layer.mlp, GatedMLP) for layer in model.model.layers] == [is_replaced, True]
+
+
+def test_memory_that_runs_out_in_an_mlps_trial_is_no_reason_against_it():
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        rebuild_activations(model_with_other_mlp("memory"))
+
+
+class ScaledSiLU(torch.nn.Module):
+    """An activation with a value of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x):
+        return F.silu(x) * self.scale
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_mlp_whose_activation_has_values_is_replaced_with_and_without_them(device):
+    model = model_with_other_mlp("")
+    model.model.layers[0].mlp.act_fn = ScaledSiLU()
+    rebuild_activations(model.to(device))
+    assert [isinstance(layer.mlp, GatedMLP) for layer in model.model.layers] == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("activation", "form"),
+    [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_10", None), ("relu2", None)],
+)
+def test_a_product_is_recognized_by_small_and_large_gates(activation, form, dtype):
+    product = Chooser(torch.device("cpu"), dtype).product(ACT2FN[activation], 48)
+    assert getattr(product, "activation", None) == form
 
 
 def chosen(model):
@@ -264,6 +332,15 @@ def test_fused_kernels_train_as_plain_torch_does(fused_on_cpu, tmp_path, seed, g
     again, found = loss_and_gradients(model, [one])
     assert again == pytest.approx(loss, rel=1e-6)
     assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in zip(found, gradients, strict=True))
+
+
+def test_kernels_and_modules_with_hooks_are_reported_together(fused_on_cpu):
+    chooser, hooked = Chooser(torch.device("cpu"), torch.float16), torch.nn.SiLU()
+    assert chooser.product(torch.nn.SiLU(), 48).fused
+    hooked.register_forward_hook(lambda *_: None)
+    assert not chooser.may_replace(hooked)
+    assert chooser.may_replace(torch.nn.GELU())
+    assert chooser.report() == "fused kernels; SiLU with hooks not replaced"
 
 
 def last_column_of(values):

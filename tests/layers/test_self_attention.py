@@ -2,16 +2,25 @@
 
 import pytest
 import torch
-from transformers import Glm4MoeConfig, GraniteMoeHybridConfig, LlamaConfig, NemotronConfig, OlmoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    NemotronConfig,
+    OlmoConfig,
+    SeedOssConfig,
+)
 
 from qlora.data import collate, make_example
 from qlora.kernels import rotate
 from qlora.layers import rebuild_activations, self_attention, use_document_attention
+from qlora.layers.rebuild import GatedMLP
 from qlora.layers.self_attention import SelfAttention
 from qlora.lora import add_lora, lora_layers
 from qlora.model import load_base, supervised_loss
 from tests.layers.test_packed import loss_and_gradients
-from tests.tiny import make_base
+from tests.tiny import SIZES, make_base
 
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 
@@ -96,17 +105,27 @@ def test_memory_that_runs_out_in_a_trial_is_no_reason_against_a_layer(tiny_base)
         rebuild_activations(model)
 
 
-@pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm"])
+@pytest.mark.parametrize(("share", "is_replaced"), [(0.0, True), (0.1, False)])
+def test_layers_that_drop_values_in_training_are_left_alone(share, is_replaced):
+    config = SeedOssConfig(**SIZES, residual_dropout=share, attention_dropout=0.0)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    use_document_attention(model)
+    assert replaced(model) == [is_replaced] * 2
+    assert [isinstance(layer.mlp, GatedMLP) for layer in model.model.layers] == [is_replaced] * 2
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "mlp.act_fn", "input_layernorm"])
 def test_a_module_with_hooks_is_left_alone_and_its_hooks_are_called_once(name, tiny_base):
     model = load(tiny_base)
-    hooked, calls = model.model.layers[0].get_submodule(name), []
+    replaced_name = name.removesuffix(".act_fn")
+    hooked, own = (model.model.layers[0].get_submodule(each) for each in (name, replaced_name))
+    calls = []
     hooked.register_forward_hook(lambda module, inputs, output: calls.append(module))
-    chosen, _, why = rebuild_activations(model).partition(": ")
-    assert chosen == f"plain torch; {type(hooked).__name__} not replaced"
-    assert why.endswith("hooks wait for their calls")
+    chosen = rebuild_activations(model)
+    assert chosen == f"plain torch; {type(own).__name__} with hooks not replaced: the fused kernels are for CUDA"
     assert calls == []
     with torch.no_grad():
         supervised_loss(model.eval(), collate([make_example(list(range(8)), [True] * 8)]))
     assert calls == [hooked]
-    others = [layer.get_submodule(name) for layer in model.model.layers[1:]]
-    assert all(type(other) is not type(hooked) for other in others)
+    others = [layer.get_submodule(replaced_name) for layer in model.model.layers[1:]]
+    assert all(type(other) is not type(own) for other in others)
