@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, transform_logits
+from qlora.kernels.head import Head, apply_norm, bytes_per_logit, default_chunk, scale_gradients, transform_logits
 
-# A chunk takes four fp32 buffers of logits at its peak, and one in the compute dtype.
-BUFFERS = 4
+# Bytes of a logit in fp32 at a chunk's peak: four buffers. One more is in the compute dtype.
+FP32_BYTES = 16
 
 
 def linear_kl_divergence(
@@ -48,7 +48,8 @@ def linear_kl_divergence(
     blocks = tuple(weight)
     chunk = chunk_elements
     if chunk is None:
-        chunk = default_chunk(hidden.device, sum(map(len, blocks)), hidden.dtype) // BUFFERS
+        of_cross_entropy = default_chunk(hidden.device, sum(map(len, blocks)), hidden.dtype)
+        chunk = of_cross_entropy * bytes_per_logit(hidden.dtype) // (FP32_BYTES + hidden.dtype.itemsize)
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     base = base_hidden.detach(), tuple(block.detach() for block in base_weight)
@@ -84,8 +85,8 @@ class _LinearKL(torch.autograd.Function):
             copied = torch.empty_like(product, dtype=torch.float32).copy_(product)
             return transform_logits(copied, logit_scale, softcap)
 
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
+        def add(rows: slice) -> None:
+            """Add the divergence of a chunk's rows, whose buffers are freed before the next chunk takes its own."""
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             difference = torch.log_softmax(logits_of(base_head, base_hidden[rows]), dim=1)
             probabilities = difference.exp()
@@ -93,9 +94,9 @@ class _LinearKL(torch.autograd.Function):
             logs = torch.log_softmax(logits, dim=1)
             losses = difference.sub_(logs).mul_(probabilities).sum(dim=1)
             del difference
-            total += losses.sum() if row_weights is None else losses @ row_weights[rows]
+            total.add_(losses.sum() if row_weights is None else losses @ row_weights[rows])
             if not needs_grad:
-                continue
+                return
             grad_logits = logs.exp_().sub_(probabilities)
             if softcap is not None:
                 grad_logits.mul_(logits.div_(softcap).square_().neg_().add_(1))
@@ -106,6 +107,9 @@ class _LinearKL(torch.autograd.Function):
             head.go_back(
                 grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], products[: len(normed)]
             )
+
+        for start in range(0, hidden.shape[0], chunk):
+            add(slice(start, start + chunk))
         ctx.save_for_backward(grad_hidden, *head.grads)
         return total
 

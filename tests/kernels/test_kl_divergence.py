@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.kernels import linear_kl_divergence
+from qlora.kernels.head import bytes_per_logit
+from qlora.memory.probe import measure_peak
 from tests.reference.held import saved_tensors
 from tests.reference.kl_divergence import linear_kl_divergence as reference
 
@@ -93,6 +95,22 @@ def test_only_hidden_states_are_saved(generator):
     assert sum(tensor.numel() for tensor in saved) == hidden.numel()
     with torch.no_grad():
         assert torch.equal(linear_kl_divergence(hidden, [weight], base_hidden, [base_weight]), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_chunk_takes_as_many_bytes_as_one_of_the_cross_entropy(softcap, dtype):
+    vocabulary, features, of_cross_entropy = 3_000, 1, 521 * bytes_per_logit(dtype)  # rows of a chunk
+    weight = torch.empty(vocabulary, features, dtype=dtype, device="meta")
+
+    def peak(rows):
+        hidden = torch.empty(rows, features, dtype=dtype, device="meta", requires_grad=True)
+        return measure_peak(
+            lambda: linear_kl_divergence(hidden, [weight], hidden.detach(), [weight], softcap=softcap), hidden.device
+        )
+
+    assert peak(500) / vocabulary == pytest.approx(of_cross_entropy, rel=0.02)
+    assert peak(20) / vocabulary < 0.2 * of_cross_entropy
 
 
 def test_without_rows_it_is_zero(generator):
