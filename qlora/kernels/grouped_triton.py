@@ -5,17 +5,18 @@ import triton
 import triton.language as tl
 
 from qlora.kernels.grouped import ExpertGroup
-from qlora.kernels.tiles import LEAST_COLUMNS, num_tiles, power_of_2
+from qlora.kernels.tiles import num_tiles, power_of_2
 
-# Rows of a tile, and its features where there are as many. A program sums over `DEPTH` products at a time.
-ROWS, MOST_FEATURES, DEPTH = 64, 128, 32
+# Rows of a tile, and its features: at least as many as tensor cores take. A program sums over `DEPTH` products at a
+# time.
+ROWS, LEAST_FEATURES, MOST_FEATURES, DEPTH = 64, 16, 128, 32
 # Nothing can be fused: it is set because Triton's default changes between versions, and 3.9 warns where it is not set.
 LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 def tile_size(features: int, most: int = MOST_FEATURES) -> int:
-    """Return the features of a tile: a power of 2 from 16, the least that tensor cores take."""
-    return min(most, max(LEAST_COLUMNS, power_of_2(features)))
+    """Return the features of a tile: a power of 2 that covers them, within the limits."""
+    return min(most, max(LEAST_FEATURES, power_of_2(features)))
 
 
 def grouped_matmul_triton(

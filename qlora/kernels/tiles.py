@@ -3,7 +3,7 @@
 Triton's own functions for them take 3 µs a call, which adds up over the launches of a layer.
 """
 
-# Columns of the narrowest tile.
+# Columns of the narrowest tile of whole rows.
 LEAST_COLUMNS = 16
 
 

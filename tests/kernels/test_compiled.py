@@ -204,7 +204,9 @@ def test_the_kernel_compiles_within_the_registers(name, capability):
         if launch.is_exact:
             instructions = kernel.instructions()
             assert instructions, "none were found in what cuobjdump prints"
-            assert "FFMA" not in instructions
+            assert not any(name.startswith("FFMA") for name in instructions)  # FFMA2 computes two of them
+            if name.startswith("dequantize"):  # elsewhere, bf16 on older GPUs is multiplied by operations that add -0
+                assert "fma" not in kernel.ptx
             assert "cvt.rz." not in kernel.ptx
             print(f"  {len(instructions)} instructions")
             assert launch.most_instructions is None or len(instructions) <= launch.most_instructions
