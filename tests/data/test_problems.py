@@ -67,7 +67,7 @@ def test_many_causes_of_many_rows_stay_few_lines(seed):
     assert max(len(each["examples"]) for each in problems) == SHOWN_EXAMPLES
     report = DataReport("rows.jsonl", rows=3000, bad_rows=3000, problems=problems)
     others = 3000 - sum(each["count"] for each in problems)
-    assert report.problem_lines() == [*problem_lines(problems), f"{others} rows: other causes"]
+    assert report.problem_lines() == [*problem_lines(problems), f"{others:,} rows: other causes"]
 
 
 def test_values_that_look_like_the_mark_of_differing_values_are_values():
