@@ -221,7 +221,7 @@ def own_share(base, ids):
     checksum = frozen_checksum(model)
     add_lora(model, rank=2)
     placed = placed_weights(model)
-    codes = [codes_of(part).clone().numpy() for part in weights_of(model)]
+    codes = [codes_of(part).clone().numpy() for part in reversed(weights_of(model))]
     return placed.stored_bytes, placed.layer_bytes, checksum, codes, *passes(model, ids)
 
 
@@ -233,7 +233,7 @@ def test_each_process_holds_its_part(bases, family, count, generator):
     checksum = frozen_checksum(plain)
     add_lora(plain, rank=2)
     expected = passes(plain, ids)
-    codes = [part.weight for part in weights_of(plain)]
+    codes = [part.weight for part in reversed(weights_of(plain))]
     answers = call_in(count, own_share, bases[family], ids)
     for rank, (stored, layers, own_checksum, own_codes, *found) in enumerate(answers):
         assert_same(found, expected)
