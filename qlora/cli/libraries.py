@@ -13,6 +13,7 @@ def import_libraries() -> None:
     """
     if "torch" in sys.modules:
         return
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         # What the class of any model needs.
@@ -20,6 +21,7 @@ def import_libraries() -> None:
 
         import qlora.model  # noqa: F401
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
     gc.freeze()
     atexit.register(gc.unfreeze)  # objects of Triton that are not collected at the end are printed as leaks

@@ -134,8 +134,8 @@ def merge(
         values, title = _report_if_same(folder, wanted), f"{output} already holds this merge: nothing was written."
     elif (folder / REPORT_FILE).exists():
         raise ExportError(
-            f"{output} already holds a merge; choose another folder, or add --update to replace a merge that is not "
-            "of this run as it is now."
+            f"{output} already holds a merge; choose another folder, or add --update to replace it if the run or "
+            "the options have changed."
         )
     if values is None:
         if source.run is None and format != "lora-gguf":

@@ -24,7 +24,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-@lru_cache(maxsize=4)  # a verb reads the config of its run in many places, and PyYAML takes long
+@lru_cache(maxsize=4)  # a verb reads the config of its run in many places, and PyYAML is slow
 def _parse(text: str) -> Any:
     try:
         # In Python, not libyaml: its composer recurses on the C stack, which deep nesting would overflow.
@@ -39,14 +39,17 @@ def _parse(text: str) -> Any:
         raise ValueError(_in_one_line(error)) from None
     # PyYAML raises Python's own errors for invalid dates, invalid base64 and keys that can't be hashed.
     except (yaml.YAMLError, TypeError, AttributeError, OverflowError, LookupError) as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _in_one_line(error: yaml.MarkedYAMLError) -> str:
     """Return where a text is not YAML, and why; PyYAML's own message has five lines."""
-    mark = error.problem_mark or error.context_mark
+    mark, start = error.problem_mark or error.context_mark, error.context_mark
     place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    return place + " ".join(text for text in (error.context, error.problem) if text)
+    begun = (
+        "" if mark is None or start is None or start.line == mark.line else f" (which starts in line {start.line + 1})"
+    )
+    return place + " ".join(text for text in (error.context and error.context + begun, error.problem) if text)
 
 
 def _count_values(node: yaml.Node, known: dict[int, int | None]) -> int:

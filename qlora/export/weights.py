@@ -35,7 +35,7 @@ from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, dequantize_rows, quantize_rows
 
 ONTO = ("dequantized", "original")
-# Values that are read at a time to be quantized.
+# Values that are read at a time for each thread, to be quantized.
 QUANTIZED_NUMEL = 1 << 19
 
 
@@ -243,11 +243,11 @@ class MergedWeights:
         module, source = self._quantized[name], self.source
         start = self._starts.get(module)
         is_transposed = module in self._transposed
-        if is_transposed or start is not None:
+        if is_transposed or start is not None or self.device.type != "cpu":
             whole = self._base.read(name).to(self.device)
             blocks = iter([subtracted(whole.T if is_transposed else whole, start)])
         else:
-            parts = row_blocks(self._shapes[name], QUANTIZED_NUMEL)
+            parts = row_blocks(self._shapes[name], QUANTIZED_NUMEL * torch.get_num_threads())
             blocks = (self._base.read(name, rows).to(self.device) for rows in parts)
         shape = self._shapes[name][::-1] if is_transposed else self._shapes[name]
         packed, state = quantize_rows(

@@ -112,5 +112,6 @@ def _download(base: str, revision: str | None, patterns: list[str]) -> Path:
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__
         raise ModelError(
-            f"There is no folder {base}, and no model {base} could be downloaded from the hub: {reason}"
+            f"There is no folder {base}, and no model {base} could be downloaded from the hub: "
+            f"{reason}. Check the name, run hf auth login for a gated model, or name a local folder."
         ) from error

@@ -19,9 +19,26 @@ BLOCK = 128
 PAD_TO = 32
 # Number of scores that are computed at a time, unless those of one key head and a block of queries are more.
 TILE = 1 << 20
-# Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast; where it
-# computes in tiles (AMX), sooner, as docs/benchmarks/attention.md shows.
-MAX_LENGTH = 512 if torch.cpu._is_amx_tile_supported() else 4096
+# Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast.
+MAX_LENGTH = 4096
+# Mean length of documents up to which they are faster as blocks where torch's kernel computes in AMX's tiles, as
+# docs/benchmarks/attention.md shows.
+MAX_MEAN_WITH_TILES = 512
+
+
+def has_tiles() -> bool:
+    """Return whether the processor has AMX; no public function of every version of torch tells."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def takes_blocks(lengths: Sequence[int], device: torch.device) -> bool:
+    """Return whether documents of these lengths are computed faster as blocks than one by one by torch's kernel.
+
+    On the meta device it does not depend on this machine's processor.
+    """
+    if device.type == "cpu" and has_tiles() and sum(lengths) > MAX_MEAN_WITH_TILES * len(lengths):
+        return False
+    return max(lengths, default=0) <= MAX_LENGTH
 
 
 def causal_attention(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.kernels import causal_attention
-from qlora.kernels.attention import MAX_LENGTH
+from qlora.kernels.attention import MAX_LENGTH, takes_blocks
 from qlora.layers.sinks import (
     attend_with_sinks,
     has_sinks,
@@ -138,7 +138,7 @@ def document_attention(
     if not lengths:
         raise ValueError("packed documents need their lengths (document_lengths) in addition to cu_seq_lens_q")
     is_whole = attention_mask is None and query.shape[2] == key.shape[2]
-    if is_whole and max(lengths, default=0) <= MAX_LENGTH and _takes_blocks(query, s_aux is not None):
+    if is_whole and takes_blocks(lengths, query.device) and _takes_blocks(query, s_aux is not None):
         return causal_attention(query, key, value, lengths, scaling, sliding_window), None
     if cu_seq_lens_q is None:
         if is_whole:

@@ -61,6 +61,9 @@ def quantize_rows(
 
     Returns:
         What :func:`quantize` gives for the whole weight, bit for bit.
+
+    Raises:
+        ValueError: The blocks do not add up to the shape.
     """
     blocks = iter(blocks)
     first = next(blocks)
@@ -84,6 +87,8 @@ def _quantize_cpu(
         places = packed[start // 2 : end // 2], absmax[start // block_size : end // block_size]
         quantize_4bit_cpu(block, code, block_size, *places)
         start = end
+    if start != shape.numel():
+        raise ValueError(f"the blocks have {start:,} values, a weight of shape {tuple(shape)} has {shape.numel():,}")
     nested: dict[str, Any] = {}
     if double_quant:
         offset = absmax.mean()

@@ -430,11 +430,13 @@ def test_a_folder_is_no_config(tmp_path):
     ("content", "reason"),
     [
         (b"model: [unclosed", "line 1, column 17: while parsing a flow sequence expected ',' or ']'"),
+        (b"a: [b\nc: d\n", "line 2, column 2: while parsing a flow sequence (which starts in line 1) expected"),
+        (b"a: \x00b", "unacceptable character #x0000: special characters are not allowed in "),
         (b"model: base: x", "line 1, column 12: mapping values are not allowed here"),
         (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
         (b"a: 1\n\tb: 2\n", "line 2, column 1: while scanning for the next token found character '\\t'"),
     ],
-    ids=["unclosed", "two-colons", "not-utf8", "tab"],
+    ids=["unclosed", "begun-earlier", "nul", "two-colons", "not-utf8", "tab"],
 )
 def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path, content, reason):
     path = tmp_path / "config.yaml"

@@ -126,12 +126,23 @@ def test_layers_of_packed_documents_use_it_in_bf16(window, draw, monkeypatch):
 
 
 def test_longer_documents_are_left_to_torch(draw, monkeypatch):
-    monkeypatch.setattr(layer_attention, "MAX_LENGTH", 50)
+    monkeypatch.setattr(attention, "MAX_LENGTH", 50)
     monkeypatch.setattr(layer_attention, "causal_attention", None)
     inputs, _ = draw(1, 2, 2, [51], 8, 8, dtype=torch.bfloat16)
     found, _ = layer_attention.document_attention(None, *inputs, None)
     expected = reference(*(tensor.double() for tensor in inputs), [51])
     assert (found.double() - expected).norm() < 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def test_with_tiles_rows_of_long_documents_are_left_to_torch(monkeypatch):
+    most, cpu = attention.MAX_MEAN_WITH_TILES, torch.device("cpu")
+    for has_tiles in (True, False):
+        monkeypatch.setattr(attention, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
+        assert attention.takes_blocks([most, most], cpu)
+        assert attention.takes_blocks([most + 1], cpu) != has_tiles
+        assert attention.takes_blocks([2 * most, *[20] * 30], cpu)  # blocks are faster for most of them
+        assert attention.takes_blocks([most + 1], torch.device("meta"))
+        assert not attention.takes_blocks([attention.MAX_LENGTH + 1, *[1] * 30], cpu)
 
 
 @pytest.mark.parametrize(

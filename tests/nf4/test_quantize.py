@@ -196,6 +196,9 @@ def test_rows_are_quantized_and_dequantized_as_the_whole_weight(shape, double_qu
     whole, read = dequantize(*wanted, torch.float16), dequantize_rows(packed, state, torch.float16)
     for rows in (slice(0, 9), slice(9, 18), slice(31, None)):
         assert torch.equal(read(rows), whole[rows])
+    if shape[-1] % 64 == 0:
+        with pytest.raises(ValueError, match="the blocks have"):
+            quantize_rows(weight[9:].split(9), shape, double_quant)
 
 
 @pytest.mark.parametrize("first_in", [torch.float32, torch.bfloat16])
