@@ -17,9 +17,6 @@ from qlora.out_of_memory import is_out_of_memory
 
 Value = TypeVar("Value")
 
-# Its name in newer versions of torch, and the one before.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 # Processes wait this long for the first one, which may tokenize large data.
 PATIENCE = timedelta(hours=12)
 
@@ -132,15 +129,21 @@ class Processes:
 
     @contextmanager
     def watching_others(self) -> Iterator[None]:
-        """Raise a ModelError if an exchange in the body fails because another process has ended."""
+        """Raise a ModelError if an exchange in the body fails: another process has ended, or memory ran out in NCCL."""
         try:
             yield
         except RuntimeError as error:
             first, *_ = str(error).splitlines() or [""]
             is_exchange = isinstance(error, dist.DistError) or "gloo" in first.lower()
-            if not is_exchange or is_out_of_memory(error):
+            if not is_exchange:
                 raise
             self.leave()
+            if is_out_of_memory(error):
+                raise ModelError(
+                    "NCCL ran out of memory for its own buffers, after which it can't be used any more. Set "
+                    "model.recompute: full, or lower train.micro_batch_size or data.max_seq_len; the same command "
+                    f"continues the run from its last save. ({first})"
+                ) from error
             raise ModelError(
                 "Another process of the run has ended; its last message has the reason. The same command continues "
                 f"the run from its last save. ({first})"
@@ -203,6 +206,22 @@ class Processes:
         with redirect_stdout(sys.stderr):
             for tracker in self._accelerator.trackers if self._accelerator is not None else ():
                 tracker.finish()
+
+
+def all_gather(out: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+    """Gather tensors of all processes of a group, by the name that this version of torch has for it.
+
+    Args:
+        out: Tensor that those of all processes are written to, in the order of their ranks.
+        own: Tensor of this process.
+        group: The group.
+        async_op: Whether to return before it is done.
+
+    Returns:
+        What to wait for if `async_op`, else None.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out, own, group=group, async_op=async_op)
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -1,11 +1,14 @@
 """The names that `import qlora` offers."""
 
+import runpy
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import qlora
+from qlora import processes
 from tests.tiny import run_config
 
 
@@ -37,3 +40,9 @@ def test_a_wrong_argument_is_one_error_that_names_it(call, message, tiny_base, t
 def test_importing_it_loads_no_torch():
     code = "import sys, qlora; dir(qlora); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_torch_without_collectives_is_enough_for_one_process(monkeypatch):
+    for name in ("all_gather_single", "all_gather_into_tensor"):
+        monkeypatch.delattr(torch.distributed, name, raising=False)
+    runpy.run_path(processes.__file__)

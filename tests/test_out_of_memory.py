@@ -50,7 +50,12 @@ def test_errors_that_less_memory_does_not_cure_are_not(error):
 
 
 def test_an_exchange_that_lacks_memory_is_not_taken_for_the_end_of_another_process():
-    with pytest.raises(torch.distributed.DistBackendError, match="out of memory"), Processes().watching_others():
+    processes = Processes(world_size=2)
+    with (
+        pytest.raises(ModelError, match=r"^NCCL ran out of memory for its own buffers.* lower train\.micro_batch_size"),
+        processes.raise_together(),  # which asks the other processes nothing any more
+        processes.watching_others(),
+    ):
         raise RAN_OUT["NCCL"]
     with pytest.raises(ModelError, match="Another process of the run has ended"), Processes().watching_others():
         raise OTHERS["NCCL otherwise"]

@@ -17,14 +17,14 @@ from qlora.lora import RecomputedWeights
 from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes, all_gather
 
-# What a process does next, as it tells the others; BACKWARD with the number of layers that get a gradient added.
+# What a process does, and what it tells the others that it does next; there, BACKWARD has the number of layers that get
+# a gradient added.
 NOTHING, FORWARD, BACKWARD = 0, 1, 2
 NO_MEMORY = (
     "Memory ran out. With model.weights: sharded the step can't be tried again with less, because {}; set "
     "model.recompute: full, or lower train.micro_batch_size or data.max_seq_len. A run continues from its last save."
 )
 TOO_LITTLE = "too little is left for the layers that the other processes wait for"
-NCCL_FAILED = "NCCL got none for its own buffers, after which it can't be used"
 OLD_TORCH = "going on after an aborted pass needs torch 2.13, and this is torch {}"
 
 
@@ -60,10 +60,10 @@ class ShardedWeights:
         self._layers: list[Any] = []
         self._root: Any = None
         self._calls: list[Any] = []  # layers of a pass, with whether they get a gradient
-        self._in_forward = False
+        self._doing = NOTHING
         self._read: Any = None  # the layer that was gathered to be read outside of a pass
         self._is_uneven = False
-        self._pass: Sequence[Any] = []  # layers that all processes gather in the pass that they agreed on; none outside
+        self._pass: Sequence[Any] = []  # layers that all processes gather in the pass that they agreed on last
         self._gathers = _CountedGathers()
 
     @property
@@ -146,7 +146,8 @@ class ShardedWeights:
                 try:
                     yield
                 except Exception as error:
-                    if not (is_retried and is_out_of_memory(error)):
+                    # After an error of NCCL itself, it can't be used any more.
+                    if not (is_retried and is_out_of_memory(error)) or isinstance(error, dist.DistError):
                         raise
                     lack = error
                     self._abort_pass(error)
@@ -162,17 +163,15 @@ class ShardedWeights:
             raise lack
 
     def _abort_pass(self, error: Exception) -> None:
-        """Free what the pass in which memory ran out holds, and take part in the rest of it."""
-        if isinstance(error, dist.DistError):
-            raise ModelError(NO_MEMORY.format(NCCL_FAILED)) from error
+        """Free the tensors of the pass in which memory ran out, and take part in the rest of it."""
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
         RecomputedWeights.clear()  # the rest of its backward would have taken them
-        self._in_forward = False
-        if self._pass:
-            if not hasattr(self._root, "reset_iter_state"):
-                raise ModelError(NO_MEMORY.format(OLD_TORCH.format(torch.__version__)))
+        if hasattr(self._root, "reset_iter_state"):
             self._root.reset_iter_state()
-            self._take_part()
+        elif self._doing != NOTHING:
+            raise ModelError(NO_MEMORY.format(OLD_TORCH.format(torch.__version__)))
+        self._doing = NOTHING
+        self._take_part()
 
     def _serve(self) -> None:
         """Take part in the passes that other processes still run."""
@@ -199,35 +198,40 @@ class ShardedWeights:
 
     def _begin(self, *_: Any) -> None:
         self._drop_read()
-        self._calls, self._in_forward = [], True
+        self._calls, self._doing = [], FORWARD
         if self._is_uneven:
             self._agree(FORWARD)
 
     def _after_layer(self, layer: Any, _inputs: Any, output: Any) -> None:
-        if not self._in_forward:  # it is computed again
+        if self._doing != FORWARD:  # it is computed again
             return
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = _hidden(output)
         self._calls.append((layer, hidden.requires_grad))
         num_layers = sum(has_gradient for _, has_gradient in self._calls)
         if self._is_uneven and layer is self._layers[-1] and hidden.requires_grad:
-            hidden.register_hook(lambda _grad: self._begin_backward(num_layers))
+            hidden.register_hook(lambda _gradient: self._announce_backward(num_layers))
 
-    def _begin_backward(self, num_layers: int) -> None:
+    def _announce_backward(self, num_layers: int) -> None:
         self._agree(BACKWARD + num_layers)
-        # As `fully_shard` itself does; it is not called if the backward is aborted.
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
 
-    def _end_pass(self) -> None:
-        self._pass = []
-
-    def _end(self, *_: Any) -> None:
-        self._in_forward = False
-        self._end_pass()
+    def _end(self, _root: Any, _inputs: Any, output: Any) -> None:
+        self._doing = NOTHING
+        hidden = _hidden(output)
+        if hidden.requires_grad:
+            hidden.register_hook(self._enter_backward)
         if [layer for layer, _ in self._calls] != self._layers:
             raise ModelError(
                 "model.weights: sharded is for models that run each layer once, in order, which this one does not; set "
                 "it to device or host."
             )
+
+    def _enter_backward(self, _gradient: torch.Tensor) -> None:
+        self._doing = BACKWARD  # as for `fully_shard`, also before the gradient gets to the layers
+        # As `fully_shard` itself does; it is not called if the backward is aborted.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._doing = NOTHING
 
     def _drop_read(self) -> None:
         """Drop the parts of other processes that were gathered to be read."""
@@ -243,8 +247,13 @@ class ShardedWeights:
             self._drop_read()
             layer.unshard()
             self._read = layer
-        if packed.content is not layer.packed_weights.content:  # the first time
+        if not packed.uses(layer.packed_weights.content):  # the first time
             packed.use(layer.packed_weights.content)
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the hidden states that a layer or a model of layers returns, by themselves or first."""
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 class SplitBytes(nn.Module):

@@ -37,7 +37,6 @@ class PackedLayer:
 
     Attributes:
         num_bytes: Number of bytes.
-        content: Memory that the weights are views of, (bytes,) uint8; None before :meth:`use`.
     """
 
     def __init__(self, weights: Sequence[PackedWeight]) -> None:
@@ -45,7 +44,6 @@ class PackedLayer:
         self._offsets = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
         self._kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
         self._weights, self.num_bytes = list(weights), self._offsets[-1]
-        self.content: torch.Tensor | None = None
 
     def take(self, device: torch.device) -> torch.Tensor:
         """Return the bytes, (bytes,) uint8 on a device; the weights themselves hold nothing any more."""
@@ -58,15 +56,19 @@ class PackedLayer:
         return content
 
     def fetch_by(self, before_read: Callable[[], None]) -> None:
-        """Have a function called before a weight is read, which brings the bytes to :attr:`content`."""
+        """Have a function called before a weight is read, which brings the bytes to where :meth:`use` expects them."""
         for weight in self._weights:
             weight.before_read = before_read
 
     def use(self, content: torch.Tensor) -> None:
         """Make the weights views of the memory that the bytes come to, (bytes,) uint8."""
-        self.content, views = content, self._views(content)
+        views = self._views(content)
         for weight in self._weights:
             weight.use_packed([next(views) for _ in weight.packed])
+
+    def uses(self, content: torch.Tensor) -> bool:
+        """Return whether the weights are views of this memory, as it is now."""
+        return self._weights[0].weight.data_ptr() == content.data_ptr()
 
     def _views(self, content: torch.Tensor) -> Iterator[torch.Tensor]:
         for (shape, dtype), offset in zip(self._kinds, self._offsets, strict=False):

@@ -47,6 +47,7 @@ class Estimate:
         weights: Where the 4-bit weights of the layers are.
         processes: Number of processes of the run, each with a device and micro-batches of its own.
         host_free: Bytes of host memory that each process may take, besides a device of its own; None if not known.
+        is_loaded: Whether the base has been loaded, so that only what follows can be the peak.
     """
 
     footprint: Footprint
@@ -61,6 +62,7 @@ class Estimate:
     weights: str = "device"
     processes: int = 1
     host_free: int | None = None
+    is_loaded: bool = False
 
     @property
     def placed(self) -> PlacedBytes:
@@ -85,11 +87,20 @@ class Estimate:
         return footprint.weights - moved + placed.device + on_host
 
     @property
-    def loaded_bytes(self) -> int:
-        """Bytes of the base that are on the device when it has been loaded, before embedding and head leave it."""
-        footprint = self.footprint
+    def leaving_bytes(self) -> int:
+        """Bytes of embedding and head that are on the device only until adapters are added to the loaded base."""
         leaves = any(self.placed) and self.device.type != "cpu"
-        return self.weight_bytes + (footprint.embedding + footprint.head if leaves else 0)
+        return self.footprint.embedding + self.footprint.head if leaves else 0
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes that CUDA takes before any tensor."""
+        return CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes in use when the base has been loaded, before adapters are added."""
+        return self.weight_bytes + self.leaving_bytes + self.context_bytes
 
     @property
     def levels(self) -> list[str]:
@@ -102,7 +113,7 @@ class Estimate:
         return self.micro_batch_size * self.max_seq_len * self.group_size
 
     def bytes_by_kind(self, level: str, tokens: int, row: int | None = None) -> dict[str, int]:
-        """Return the bytes at the peak, by the names of `KINDS`.
+        """Return the bytes at the peak of a step, or of loading where that is higher, by the names of `KINDS`.
 
         Args:
             level: One of `levels`.
@@ -120,10 +131,11 @@ class Estimate:
         if footprint.update > sum(step.values()):
             step = dict.fromkeys(step, 0)
             held["optimizer"] += footprint.update
-        context = CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
-        found = held | {kind: round(number) for kind, number in step.items()} | {"context": context}
-        loaded = dict.fromkeys(found, 0) | {"weights": self.loaded_bytes, "context": context}
-        return max(found, loaded, key=lambda each: sum(each.values()))
+        context = {"context": self.context_bytes}
+        found = held | {kind: round(number) for kind, number in step.items()} | context
+        if self.is_loaded or self.loaded_bytes <= sum(found.values()):
+            return found
+        return dict.fromkeys(found, 0) | {"weights": self.weight_bytes + self.leaving_bytes} | context
 
     def total_bytes(self, level: str, tokens: int, row: int | None = None) -> int:
         """Return the sum of :meth:`bytes_by_kind`."""
@@ -153,8 +165,8 @@ class Estimate:
     @property
     def update_bytes(self) -> int:
         """Bytes in use during the optimizer's step, when there are no activations."""
-        footprint, context = self.footprint, CUDA_CONTEXT_BYTES if self.device.type == "cuda" else 0
-        return self.weight_bytes + footprint.adapters + footprint.optimizer + footprint.update + context
+        footprint = self.footprint
+        return self.weight_bytes + footprint.adapters + footprint.optimizer + footprint.update + self.context_bytes
 
     def largest_micro_batch(self, level: str, free_bytes: int) -> int:
         """Return the number of the largest sequences that fit with the margin; 0 if none does."""
@@ -293,6 +305,12 @@ def choose_level(
         previous = level
     if of_device := [level for level in levels if estimate.fits_device(level, free_bytes, tokens)]:
         check_host(estimate, tokens, of_device)
+    if estimate.leaving_bytes and not estimate.is_loaded and estimate.loaded_bytes > (1 - MARGIN) * free_bytes:
+        remedy = "Start more processes, or use" if estimate.weights == "sharded" else "Use"
+        raise ModelError(
+            f"Loading the base takes {_gib(estimate.loaded_bytes)}, of which {_gib(estimate.leaving_bytes)} are for "
+            f"embedding and head until adapters are added, but the device has {free}. {remedy} a smaller base."
+        )
     least = min(estimate.total_bytes(level, tokens) for level in levels)
     raise ModelError(
         f"A micro-batch of {tokens:,} tokens needs at least {_gib(least)}, but the device has {free}. Lower "
@@ -314,17 +332,19 @@ def check_host(estimate: Estimate, tokens: int, levels: Sequence[str]) -> None:
     if any(estimate.fits_host(level, tokens) for level in levels):
         return
     least = min(levels, key=lambda level: estimate.host_bytes(level, tokens))
-    if estimate.placed.host <= (1 - MARGIN) * (estimate.host_free or 0):
-        what = f"model.recompute: {least}"
+    of_weights, total = estimate.placed.host, estimate.host_bytes(least, tokens)
+    if of_weights <= (1 - MARGIN) * (estimate.host_free or 0):
+        what, taken = f"model.recompute: {least}", total - of_weights
         remedy = "set model.recompute: full, or lower train.micro_batch_size or data.max_seq_len"
     else:
-        what = f"model.weights: {estimate.weights}"
+        what, taken = f"model.weights: {estimate.weights}", of_weights
         remedy = {
             "host": "split them over more GPUs with model.weights: sharded, or use a smaller base",
             "sharded": "start fewer processes on each machine, or use a base with a smaller vocabulary",
         }[estimate.weights]
+    others = "" if taken == total else f", and the run {_gib(total)} in all"
     raise ModelError(
-        f"{what} takes {_gib(estimate.host_bytes(least, tokens))} of host memory for each process, but there are "
+        f"{what} takes {_gib(taken)} of host memory for each process{others}, but there are "
         f"{_gib(estimate.host_free or 0)}, of which {MARGIN:.0%} stay free. Stop other programs, {remedy}."
     )
 

@@ -77,7 +77,7 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     available = available_bytes(device, _num_bytes(model))
     available = int(-processes.max(-available))
     placed = placed_weights(model)
-    place: dict[str, Any] = {"host_free": _host_free(model, processes)}
+    place: dict[str, Any] = {"is_loaded": True, "host_free": _host_free(model, processes)}
     if placed is not None:
         place |= {"weights": placed.kind, "processes": processes.world_size}
     levels = recompute_levels(model)

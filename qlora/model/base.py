@@ -27,6 +27,7 @@ from qlora.model.shares import check_share
 from qlora.model.skeleton import build_skeleton
 from qlora.model.text_only import find_text_model, tensors_of_text
 from qlora.model.tokenizer import GENERATION_FILE, load_generation_config
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 
 QUANTIZATIONS = ("nf4", "none")
@@ -174,16 +175,16 @@ def load_frozen(
                     use_nf4_experts(model, experts, double_quant)
                 if placed is not None:
                     place_weights(model, placed)
+            _check_complete(base, info["missing_keys"])
+            _check_finite(base, model)
         except LoadingAborted as error:
-            raise ModelError(f"{base} can't be loaded: {error}") from error
+            raise _loading_failed(base, error) from error
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, ExportError) as error:
             if attention != "auto" and "attention" in str(error).lower():
                 raise ModelError(
                     f"attention: {attention!r} (model.attention) is not available for {base}: {error} Set it to auto."
                 ) from error
-            raise ModelError(f"{base} can't be loaded: {error}") from error
-    _check_complete(base, info["missing_keys"])
-    _check_finite(base, model)
+            raise _loading_failed(base, error) from error
     if whole and is_multimodal(model.config):
         model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
@@ -248,13 +249,22 @@ def _check_finite(base: str, model: Any) -> None:
     Raises:
         ModelError: Some did.
     """
+    # Smallest and largest values, because `isfinite` would take as much memory again as the parameter.
     broken = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not parameter.isfinite().all()
+        if parameter.is_floating_point() and parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all()
     ]
     if broken:
         raise ModelError(f"{base}: values are not finite in {model.dtype}: {_first(broken)}; set model.compute_dtype.")
+
+
+def _loading_failed(base: str, error: BaseException) -> ModelError:
+    """Return what an error that ended the loading is for the user, with a remedy if memory ran out."""
+    cause = error.__cause__ if isinstance(error, LoadingAborted) else error
+    remedy = ". Stop other programs that take memory, set another model.weights, or use a smaller base."
+    has_run_out = cause is not None and is_out_of_memory(cause)
+    return ModelError(f"{base} can't be loaded: {str(error).rstrip('.') + remedy if has_run_out else error}")
 
 
 def _first(items: list[str]) -> str:

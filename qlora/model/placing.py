@@ -59,18 +59,20 @@ def place_complete_layers(placed: Placement, model: Any, experts: Mapping[str, N
     Raises:
         LoadingAborted: A layer can't be placed.
     """
-    names = {module: name for name, module in model.named_modules()}
-    for index, layer in enumerate(checkpointed_layers(model)):
-        if placed.has(index) or any(parameter.is_meta for parameter in layer.parameters()):
-            continue
-        try:
-            take_over_linears(model, names[layer])
-            take_over_experts(model, experts, names[layer])
+    place = "the model"
+    try:
+        names = {module: name for name, module in model.named_modules()}
+        for index, layer in enumerate(checkpointed_layers(model)):
+            place = names[layer]
+            if placed.has(index) or any(parameter.is_meta for parameter in layer.parameters()):
+                continue
+            take_over_linears(model, place)
+            take_over_experts(model, experts, place)
             weights = packed_weights(layer)
             if weights:
                 placed.store(index, layer, weights)
-        except Exception as error:  # whatever torch raises
-            raise LoadingAborted(f"{names[layer]}: {error}") from error
+    except Exception as error:  # whatever torch raises
+        raise LoadingAborted(f"{place}: {error}") from error
 
 
 def take_over_linears(model: Any, inside: str = "") -> None:

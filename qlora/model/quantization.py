@@ -19,8 +19,8 @@ from qlora.nf4 import NF4
 class LoadingAborted(BaseException):
     """A weight can't be quantized, or a layer not be placed; the message names it, with the reason.
 
-    No `Exception`, because transformers catches those, logs them and goes on with the next weight: it would read all
-    that is left, and the error at the end would not have the reason.
+    It is not an `Exception`, because transformers catches those, logs them and continues with the next weight: it would
+    read the rest of the base, and its error at the end would not give the reason.
     """
 
 

@@ -12,7 +12,7 @@ from qlora.errors import ModelError
 from qlora.lora import Factors, LayerStart, ScoreHead, subtract
 from qlora.lora.spec import COMPUTED_INITS
 from qlora.model.from_config import base_from_section
-from qlora.nf4 import NF4Linear
+from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.processes import Processes
 
 # By the names of the layers; empty if all follows from the seed.
@@ -84,7 +84,7 @@ def has_codes(start: LayerStart, packed: torch.Tensor) -> bool:
 
 def codes_of(layer: Any) -> torch.Tensor:
     """Return the weight of a layer as it is held, to be read before another layer's."""
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, NF4Linear | NF4Experts):
         layer.ensure_present()
     return layer.weight
 

@@ -8,7 +8,7 @@ from typing import Any
 from qlora.checkpoint import InUse, MemoryUse, RunDirectory, read_origin
 from qlora.config import DataSection, LoraSection, RunConfig, SourceSection
 from qlora.data import BatchPlan, Datasets, collate
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, ModelError
 from qlora.kernels import loss_path
 from qlora.layers.placement import uneven_passes
 from qlora.lora import RankBudget, ScoreHead, describe_experts, lora_layers, reads_images, train_rows
@@ -45,6 +45,7 @@ from qlora.model.run_adapter import check_experts_as_trained
 from qlora.model.score import check_image_size
 from qlora.nf4 import dequantize_path
 from qlora.objectives import objective_for_data, objective_from_section, training_loss
+from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes
 from qlora.training.agreement import check_same
 from qlora.training.auto_rate import resolve_rate
@@ -245,14 +246,23 @@ def _load_checked(
         The model, what its adapters start from, how it keeps packed documents apart, and the activations in use.
 
     Raises:
-        ModelError: The model can't be trained, or can't keep packed documents apart and `data.packing` is true.
+        ModelError: The model can't be trained, can't keep packed documents apart and `data.packing` is true, or memory
+            ran out.
     """
-    model, starts = load_for_training(
-        config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
-        is_reference=objective_from_section(config.train).loss.has_reference, head=head, processes=processes,
-    )  # fmt: skip
-    with uneven_passes(model):  # so that a process that fails ends the others
-        isolation, activations = check_loaded(config, model, datasets, head, packed)
+    try:
+        model, starts = load_for_training(
+            config, processes.device, new_ids, starts, datasets.train, None if old is None else old.train,
+            is_reference=objective_from_section(config.train).loss.has_reference, head=head, processes=processes,
+        )  # fmt: skip
+        with uneven_passes(model):  # so that a process that fails ends the others
+            isolation, activations = check_loaded(config, model, datasets, head, packed)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            "Memory ran out before the first step, when adapters were added or the loss was checked on a few tokens. "
+            f"Stop other programs that take memory, set another model.weights, or use a smaller base. {error}"
+        ) from error
     return model.train(), starts, isolation, activations
 
 

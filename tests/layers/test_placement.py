@@ -20,7 +20,8 @@ from qlora.layers.slots import StoredLayer
 from qlora.lora import RecomputedWeights, add_lora, train_rows
 from qlora.lora.host_rows import HostHead, host_rows, keep_rows_on_host
 from qlora.memory.place import check_weights
-from qlora.model import frozen_checksum, load_base, take_inventory
+from qlora.model import frozen_checksum, load_base, placing, take_inventory
+from qlora.model.starts import codes_of
 from qlora.nf4 import NF4Experts, NF4Linear
 from qlora.processes import Processes
 from tests.moe import make_moe
@@ -153,6 +154,21 @@ def test_a_layer_that_can_not_be_placed_ends_the_loading(bases, family, monkeypa
     assert stored == [0, 1]  # nothing is tried after it failed
 
 
+def test_any_error_while_layers_are_placed_ends_the_loading(bases, monkeypatch):
+    looks = []
+
+    def look(_model):
+        looks.append(1)
+        return fail(no_memory())
+
+    monkeypatch.setattr(placing, "checkpointed_layers", look)
+    with pytest.raises(
+        ModelError, match=r"can't be loaded: the model: no memory\. Stop other programs .*smaller base\."
+    ):
+        load(bases["llama"], "host")
+    assert len(looks) == 1
+
+
 def test_pieces_are_the_bytes_of_the_layer():
     linears = [NF4Linear.from_linear(torch.nn.Linear(64, size, bias=False)) for size in (48, 7)]
     wanted = [[tensor.clone() for tensor in linear.packed] for linear in linears]
@@ -161,7 +177,10 @@ def test_pieces_are_the_bytes_of_the_layer():
     content = torch.empty(layer.packed.num_bytes, dtype=torch.uint8)
     layer.copy_to(content)
     reads = []
+    assert not layer.packed.uses(content)
     layer.packed.use(content)
+    assert layer.packed.uses(content)
+    assert not layer.packed.uses(content.clone())  # as if it had come to other memory
     layer.packed.fetch_by(lambda: reads.append(1))
     for linear, tensors in zip(linears, wanted, strict=True):
         linear.ensure_present()
@@ -195,14 +214,15 @@ def test_a_run_of_one_process_refuses_to_split_weights(bases):
                      "train": {"output_dir": "o"}})  # fmt: skip
 
 
-def own_share(base, count, ids):
+def own_share(base, ids):
     """Return what each process holds of how much, and its loss and gradients."""
     processes = Processes.start(on_cpu=True)
     model = load(base, "sharded", processes)
     checksum = frozen_checksum(model)
     add_lora(model, rank=2)
     placed = placed_weights(model)
-    return placed.stored_bytes, placed.layer_bytes, checksum, *passes(model, ids)
+    codes = [codes_of(part).clone().numpy() for part in reversed(weights_of(model))]
+    return placed.stored_bytes, placed.layer_bytes, checksum, codes, *passes(model, ids)
 
 
 @needs_fork
@@ -213,11 +233,15 @@ def test_each_process_holds_its_part(bases, family, count, generator):
     checksum = frozen_checksum(plain)
     add_lora(plain, rank=2)
     expected = passes(plain, ids)
-    for stored, layers, own_checksum, *found in call_in(count, own_share, bases[family], count, ids):
+    codes = [part.weight for part in reversed(weights_of(plain))]
+    answers = call_in(count, own_share, bases[family], ids)
+    for rank, (stored, layers, own_checksum, own_codes, *found) in enumerate(answers):
         assert_same(found, expected)
         assert own_checksum == checksum
-        predicted = placed_bytes("sharded", layers, count).device
-        assert predicted <= stored <= predicted + len(layers)  # each layer is rounded up
+        assert all(map(np.array_equal, own_codes, codes))
+        parts = [torch.empty(num_bytes).chunk(count)[rank].numel() for num_bytes in layers]
+        assert stored == sum(parts)
+        assert abs(stored - placed_bytes("sharded", layers, count).device) <= count * len(layers)
 
 
 def different_work(base):
@@ -249,27 +273,33 @@ def test_processes_may_run_different_numbers_of_passes(bases):
         assert_same(found, expected)
 
 
-def run_out(base, place, is_old=False):
-    """Run out of memory at some place of a pass in one process, then run the same on both; return what was computed."""
+def run_out(base, places, is_old=False):
+    """Run out of memory in one process at places of a pass, one after the other; after each, run the same on both.
+
+    Returns:
+        What was computed, by place.
+    """
     if is_old:
         del torch.distributed.fsdp.FSDPModule.reset_iter_state
     processes = Processes.start(on_cpu=True)
     model = load(base, "sharded", processes)
     add_lora(model, rank=2)
     ids = torch.arange(9)[None]
-    found = [passes(model, ids)]
-    if processes.rank == 0:
-        with uneven_passes(model, is_retried=True):
-            found += [passes(model, ids) for _ in range(2)]
-    else:
-        remove = fail_once(model, place)
-        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-            run_until_it_fails(model, ids, place)
-        remove()
-        model.zero_grad()
-        assert not RecomputedWeights._weights
-    with uneven_passes(model):
-        found += [passes(model, ids, level) for level in ("none", "full")]
+    found = {"before": [passes(model, ids)]}
+    for place in places:
+        own = found[place] = []
+        if processes.rank == 0:
+            with uneven_passes(model, is_retried=True):
+                own += [passes(model, ids) for _ in range(2)]
+        else:
+            restore = fail_once(model, place)
+            with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+                run_until_it_fails(model, ids, place)
+            restore()
+            model.zero_grad()
+            assert not RecomputedWeights._weights
+        with uneven_passes(model):
+            own += [passes(model, ids, level) for level in ("none", "full")]
     return found
 
 
@@ -277,46 +307,48 @@ def run_until_it_fails(model, ids, place):
     with uneven_passes(model, is_retried=True):
         passes(model, ids)
         if place == "between":
-            raise torch.OutOfMemoryError("no memory")
+            raise no_memory()
 
 
 def fail_once(model, place):
     """Have memory run out; return a function that undoes it."""
     mlp, gathers = model.model.layers[2].mlp, placed_weights(model)._gathers
-    if place == "forward":
-        return mlp.register_forward_hook(lambda *_: fail(torch.OutOfMemoryError("no memory"))).remove
-    if place == "backward":
-        return mlp.register_full_backward_hook(lambda *_: fail(torch.OutOfMemoryError("no memory"))).remove
-    if place == "loss":
-        return model.lm_head.register_forward_hook(lambda *_: fail(torch.OutOfMemoryError("no memory"))).remove
     if place == "gathering":
         allocate, calls = gathers.allocate, []
 
         def allocate_some(size, **options):
             calls.append(size)
-            return fail(torch.OutOfMemoryError("no memory")) if len(calls) == 4 else allocate(size, **options)
+            return fail(no_memory()) if len(calls) == 4 else allocate(size, **options)
 
         gathers.allocate = allocate_some
-    return lambda: None
+        return lambda: setattr(gathers, "allocate", allocate)
+    hooks = {
+        "forward": mlp.register_forward_hook,
+        "loss": model.lm_head.register_forward_hook,
+        "norm's backward": model.model.norm.register_full_backward_hook,
+        "backward": mlp.register_full_backward_hook,
+    }
+    return hooks[place](lambda *_: fail(no_memory())).remove if place in hooks else lambda: None
 
 
 @needs_fork
-@pytest.mark.parametrize("place", ["forward", "loss", "backward", "gathering", "between"])
-def test_a_process_that_runs_out_of_memory_takes_part_until_the_others_are_done(bases, place):
+@pytest.mark.parametrize(
+    ("places", "is_old"),
+    [
+        (["forward", "loss", "norm's backward", "backward", "gathering", "between"], False),
+        (["loss", "between"], True),  # outside of forward and backward there is nothing to reset
+    ],
+    ids=["any torch", "torch before 2.13"],
+)
+def test_a_process_that_runs_out_of_memory_takes_part_until_the_others_are_done(bases, places, is_old):
     plain = load(bases["llama"])
     add_lora(plain, rank=2)
     expected = passes(plain, torch.arange(9)[None])
-    first, second = call_in_two(run_out, bases["llama"], place)
-    assert (len(first), len(second)) == (5, 3)
-    for found in (*first, *second):
-        assert_same(found, expected)
-
-
-@needs_fork
-@pytest.mark.parametrize("place", ["loss", "between"])
-def test_between_passes_older_versions_of_torch_have_nothing_to_reset(bases, place):
-    first, second = call_in_two(run_out, bases["llama"], place, True)
-    assert (len(first), len(second)) == (5, 3)
+    for rank, found in enumerate(call_in_two(run_out, bases["llama"], places, is_old)):
+        own = 4 if rank == 0 else 2
+        assert {place: len(each) for place, each in found.items()} == {"before": 1} | dict.fromkeys(places, own)
+        for each in sum(found.values(), []):
+            assert_same(each, expected)
 
 
 def count_gathers(base, level):
@@ -349,23 +381,28 @@ def test_split_layers_are_gathered_ahead_in_both_directions(bases, level):
 
 def fail_alone(base, folder, error, case):
     """Fail in one process in the middle of a pass; write what each of them meets."""
-    if case == "old torch":
+    if case.startswith("old torch"):
         del torch.distributed.fsdp.FSDPModule.reset_iter_state
     processes = Processes.start(on_cpu=True)
     model = load(base, "sharded", processes)
+    if case == "old torch in a backward":
+        add_lora(model, rank=2)
     if processes.rank == 1 and case == "idle":
         forbid_gathering(model, error)
+    elif processes.rank == 1 and case == "old torch in a backward":
+        fail_once(model, "norm's backward")
     elif processes.rank == 1:
         model.model.layers[3].mlp.register_forward_hook(lambda *_: fail(error))
         if case == "no room":  # not even a layer of the other process fits any more
             model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: forbid_gathering(model, error))
     started, finished = time.perf_counter(), []
 
-    @torch.no_grad()
     def run():
         with processes.raise_together(), uneven_passes(model, is_retried=case != "not retried"):
             for _ in range(2 if processes.rank == 0 or case != "idle" else 0):
-                model(torch.arange(9)[None])
+                logits = model(torch.arange(9)[None]).logits
+                if logits.requires_grad:
+                    logits.sum().backward()
                 finished.append(True)
 
     with pytest.raises((ModelError, torch.OutOfMemoryError)) as problem:
@@ -379,6 +416,10 @@ def forbid_gathering(model, error):
     placed_weights(model)._gathers.allocate = lambda *_, **options: fail(error)
 
 
+def no_memory():
+    return torch.OutOfMemoryError("no memory")
+
+
 def fail(error):
     if error is None:
         os._exit(0)
@@ -390,11 +431,12 @@ NO_RETRY = "Memory ran out. With model.weights: sharded the step can't be tried 
 FAILURES = {
     "killed": (None, None),
     "error": (ModelError("one process fails"), "one process fails"),
-    "not retried": (torch.OutOfMemoryError("no memory"), "no memory"),
-    "no room": (torch.OutOfMemoryError("no memory"), f"{NO_RETRY}too little is left for the layers"),
-    "idle": (torch.OutOfMemoryError("no memory"), f"{NO_RETRY}too little is left for the layers"),
-    "old torch": (torch.OutOfMemoryError("no memory"), f"{NO_RETRY}going on after an aborted pass needs torch 2.13"),
-    "NCCL": (RAN_OUT["NCCL"], f"{NO_RETRY}NCCL got none for its own buffers"),
+    "not retried": (no_memory(), "no memory"),
+    "no room": (no_memory(), f"{NO_RETRY}too little is left for the layers"),
+    "idle": (no_memory(), f"{NO_RETRY}too little is left for the layers"),
+    "old torch": (no_memory(), f"{NO_RETRY}going on after an aborted pass needs torch 2.13"),
+    "old torch in a backward": (no_memory(), f"{NO_RETRY}going on after an aborted pass needs torch 2.13"),
+    "NCCL": (RAN_OUT["NCCL"], "NCCL ran out of memory for its own buffers, after which it can't be used any more."),
 }
 
 

@@ -92,9 +92,12 @@ def num_cached(model):
     return sum(module._cached is not None for module in model.modules() if isinstance(module, NF4Linear))
 
 
-def test_with_enough_memory_nothing_is_recomputed_and_every_weight_is_cached(prepared):
+def test_with_enough_memory_nothing_is_recomputed_and_every_weight_is_cached(prepared, monkeypatch):
     config, model, batch = prepared()
+    chosen_by, choose_level = [], fit.choose_level
+    monkeypatch.setattr(fit, "choose_level", lambda *given: chosen_by.append(given[0]) or choose_level(*given))
     found = fit.fit_memory(config, model, SUPERVISED, batch, ALONE)
+    assert chosen_by[0].is_loaded  # the peak of loading is over
     linears = sum(isinstance(module, NF4Linear) for module in model.modules())
     assert (found.level, found.num_cached, num_cached(model)) == ("none", linears, linears)
     assert not model.model.layers[0].gradient_checkpointing

@@ -1,5 +1,6 @@
 """Where weights go by estimate, GPUs by their names, and the time of a step on paper."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,13 @@ from qlora.config import load_config
 from qlora.data import collate
 from qlora.errors import ConfigError, ModelError
 from qlora.files import BaseFiles
-from qlora.layers.placement import placed_bytes, placed_weights
+from qlora.layers.placement import PlacedBytes, placed_bytes, placed_weights
 from qlora.lora import add_lora
 from qlora.lora.host_rows import keep_rows_on_host
 from qlora.lora.mixture import expert_stacks
 from qlora.memory import place
 from qlora.memory.cards import CARDS, find_card, read_gpu
-from qlora.memory.estimate import choose_level
+from qlora.memory.estimate import Estimate, check_host, choose_level
 from qlora.memory.estimate import estimate as estimate_bytes
 from qlora.memory.pace import BUS_SHARE, FLOPS_SHARE, pace_of
 from qlora.memory.passes import Passes
@@ -76,6 +77,17 @@ def test_a_large_embedding_is_the_peak_while_a_base_is_loaded(predicted):
         moved = 0 if weights == "device" else own.embedding + own.head
         assert peak["weights"] == before.weight_bytes + (1 << 40) + moved
         assert (peak["adapters"] == 0) == (weights != "device")
+        # Once it is loaded, and memory is fitted, only steps count.
+        assert replace(placed, is_loaded=True).bytes_by_kind("full", 512)["adapters"] > 0
+        if weights == "device":
+            continue
+        free = int(placed.total_bytes("full", 512) / 0.95) - 1
+        remedy = {"sharded": "Start more processes, or use a", "host": "Use a"}[weights]
+        with pytest.raises(
+            ModelError, match=rf"^Loading the base takes .* for embedding and head .*\. {remedy} smaller"
+        ):
+            choose_level(placed, free, 512)
+        assert choose_level(replace(placed, is_loaded=True), free, 512)[0] == "none"
 
 
 def test_parts_of_several_processes(predicted):
@@ -151,6 +163,28 @@ def test_split_weights_that_a_config_asks_for_are_held_against_the_host(
     monkeypatch.setattr(place, "free_host_bytes", lambda: int(needed / 0.95) - 1)
     with pytest.raises(ModelError, match=message):
         place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        (
+            3 << 30,
+            "model.recompute: offload takes 1.50 GiB of host memory for each process, and the run 3.50 GiB in all,",
+        ),
+        (
+            1 << 30,
+            "model.weights: sharded takes 2.00 GiB of host memory for each process, and the run 3.50 GiB in all,",
+        ),
+    ],
+    ids=["layer inputs", "embedding and head"],
+)
+@pytest.mark.parametrize("base", ["dense"], indirect=True)
+def test_host_memory_is_blamed_on_what_takes_it(free, message, predicted, monkeypatch):
+    monkeypatch.setattr(Estimate, "placed", PlacedBytes(0, 2 << 30, 0))
+    monkeypatch.setattr(Estimate, "host_bytes", lambda *_: 7 << 29)
+    with pytest.raises(ModelError, match=f"^{re.escape(message)} but there are {free >> 30}.00 GiB"):
+        check_host(replace(predicted, weights="sharded", host_free=free), 512, ["offload"])
 
 
 @pytest.mark.parametrize(

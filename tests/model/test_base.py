@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -23,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ModelError
 from qlora.model import load_base, load_model, resolve_compute_dtype
+from qlora.model.base import _check_finite
 from qlora.nf4 import NF4Linear, is_bitsandbytes_linear, quantize
 from tests.tiny import make_base, make_tokenizer
 
@@ -221,6 +224,26 @@ def test_weights_of_another_shape_are_named(tiny_base, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     with pytest.raises(ModelError, match="embed_tokens"):
         load_base(str(base))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_found_without_a_copy_of_the_weights(value):
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            new = [each for each in tree_leaves(found) if isinstance(each, torch.Tensor) and not each._is_view()]
+            sizes.extend(each.numel() for each in new)
+            return found
+
+    sizes, model = [], torch.nn.Embedding(50, 20, dtype=torch.bfloat16)
+    model.dtype = torch.bfloat16
+    with Sizes():
+        _check_finite("a base", model)
+    assert sizes
+    assert max(sizes) <= 2
+    model.weight.data[31, 7] = value
+    with pytest.raises(ModelError, match=r"a base: values are not finite in torch\.bfloat16: weight; set model"):
+        _check_finite("a base", model)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])

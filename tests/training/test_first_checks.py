@@ -1,13 +1,19 @@
-"""A model is given its own modules back if those in their place compute something else."""
+"""A model is given its own modules back if those in their place compute something else; errors of the checks."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qlora.config import load_config
 from qlora.data import collate, make_example
+from qlora.errors import ModelError
 from qlora.layers import rebuild_activations
 from qlora.lora import add_lora
 from qlora.model import load_base, supervised_loss
-from qlora.training import first_checks
+from qlora.processes import Processes
+from qlora.training import assemble, first_checks
+from tests.tiny import run_config
 
 
 class Wrong(torch.nn.Module):
@@ -49,3 +55,14 @@ def test_modules_that_change_the_loss_are_taken_back(kind, monkeypatch, tiny_bas
         reason = "IndexError: no such row" if kind == "error" else "loss and gradient norm of a few tokens go from "
         assert report.startswith(f"the model's own modules: with faster ones, {reason}")
         assert [type(module) for module in model.modules()] == own
+
+
+def test_memory_that_runs_out_before_the_first_step_is_reported_with_a_remedy(tmp_path, monkeypatch):
+    def check_loaded(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    config = load_config(run_config(tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "run"))
+    monkeypatch.setattr(assemble, "load_for_training", lambda *_, **_options: (torch.nn.Identity(), {}))
+    monkeypatch.setattr(assemble, "check_loaded", check_loaded)
+    with pytest.raises(ModelError, match=r"^Memory ran out before the first step, .*smaller base\. CUDA out of memory"):
+        assemble._load_checked(config, Processes(), SimpleNamespace(train=[]), range(0), None, None, None, False)
