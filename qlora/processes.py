@@ -4,7 +4,7 @@ import atexit
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,7 +188,7 @@ class Processes:
             options: Arguments of trackers, by their names.
         """
         if self._accelerator is not None:
-            with redirect_stdout(sys.stderr):  # standard output is for reports, and trackio prints
+            with self._prints_apart():
                 self._accelerator.init_trackers(project, dict(settings), {name: {**options[name]} for name in options})
 
     @property
@@ -203,9 +203,19 @@ class Processes:
 
     def end(self) -> None:
         """End the trackers. The processes stay joined until they exit, so that they can train again."""
-        with redirect_stdout(sys.stderr):
-            for tracker in self._accelerator.trackers if self._accelerator is not None else ():
-                tracker.finish()
+        if self._accelerator is not None:
+            with self._prints_apart():
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+
+    def _prints_apart(self) -> AbstractContextManager[Any]:
+        """Return a context in which what trackio prints goes to standard error, because standard output is for reports.
+
+        Not with W&B, which records the streams that it finds as it starts.
+        """
+        assert self._accelerator is not None, "trackers are accelerate's"
+        names = {str(each) for each in self._accelerator.log_with}
+        return redirect_stdout(sys.stderr) if "trackio" in names and "wandb" not in names else nullcontext()
 
 
 def all_gather(out: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool = False) -> Any:

@@ -84,7 +84,7 @@ def fit_memory(config: RunConfig, model: Any, loss: Loss, largest: Batch, proces
     level: str = config.model.recompute
     try:
         # Most often the fastest level fits, and each takes time to predict.
-        first = levels[:1] if level == "auto" else [level]
+        first = levels[:1] if level == "auto" else [level]  # on CUDA all are predicted anyway
         expected, unknown = replace(estimate(config, loss, device, first), **place), ""
         if level == "auto":
             if expected.levels == first and not expected.fits(first[0], available, tokens):
