@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTION_OF = {"yaml": "pyyaml", "PIL": "pillow"}
 BROUGHT_BY_TORCH = {"triton"}
-ENGINES = {"llama-cpp", "vllm"}  # used where their users have installed them
+USERS_OWN = {"llama-cpp", "trackio", "vllm"}  # engines and trackers, used where they are installed
 
 
 def names_of(requirements):
@@ -49,7 +49,7 @@ def test_dependencies_are_what_is_imported():
     extras = PROJECT["optional-dependencies"]
     optional = names_of(sum((extras[name] for name in ("plot", "gguf", "metrics", "images")), []))
     imported = imported_packages()
-    assert imported.keys() - required - optional - BROUGHT_BY_TORCH - ENGINES == set()
+    assert imported.keys() - required - optional - BROUGHT_BY_TORCH - USERS_OWN == set()
     assert required - imported.keys() == set()
 
 
