@@ -45,4 +45,6 @@ def test_importing_it_loads_no_torch():
 def test_a_torch_without_collectives_is_enough_for_one_process(monkeypatch):
     for name in ("all_gather_single", "all_gather_into_tensor"):
         monkeypatch.delattr(torch.distributed, name, raising=False)
-    runpy.run_path(processes.__file__)
+    loaded = runpy.run_path(processes.__file__)
+    alone = loaded["Processes"](device=torch.device("cpu"))
+    assert (alone.world_size, alone.is_first, alone.max(3.0)) == (1, True, 3.0)

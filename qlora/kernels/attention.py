@@ -27,7 +27,8 @@ MAX_MEAN_WITH_TILES = 512
 
 
 def has_tiles() -> bool:
-    """Return whether the processor has AMX; no public function of every version of torch tells."""
+    """Return whether the processor has AMX."""
+    # The supported versions of torch have no public function in common that tells.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 

@@ -17,8 +17,8 @@ from qlora.lora import RecomputedWeights
 from qlora.out_of_memory import is_out_of_memory
 from qlora.processes import Processes, all_gather
 
-# What a process does, and what it tells the others that it does next; there, BACKWARD has the number of layers that get
-# a gradient added.
+# What a process is doing, and the message by which it announces its next pass. In a message, the number of layers that
+# get a gradient is added to BACKWARD.
 NOTHING, FORWARD, BACKWARD = 0, 1, 2
 NO_MEMORY = (
     "Memory ran out. With model.weights: sharded the step can't be tried again with less, because {}; set "

@@ -71,7 +71,7 @@ def place_complete_layers(placed: Placement, model: Any, experts: Mapping[str, N
             weights = packed_weights(layer)
             if weights:
                 placed.store(index, layer, weights)
-    except Exception as error:  # whatever torch raises
+    except Exception as error:  # torch raises errors of many types
         raise LoadingAborted(f"{place}: {error}") from error
 
 
