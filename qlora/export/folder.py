@@ -111,7 +111,7 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
     """
     cast = tensor.to(dtype)
     # A finite sum proves every value finite, and is much faster than a check of each; but a sum can also overflow.
-    if cast.is_floating_point() and not cast.sum().isfinite() and not cast.isfinite().all():
+    if cast.is_floating_point() and not math.isfinite(cast.sum()) and not cast.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
         largest = tensor.abs().max().item()
         remedy = (

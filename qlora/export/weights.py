@@ -14,7 +14,7 @@ from qlora.export.card import public_name
 from qlora.export.experts import MergedExperts
 from qlora.files.headers import read_header
 from qlora.files.shards import TensorLayout
-from qlora.files.stored import StoredTensors, row_blocks
+from qlora.files.stored import BLOCK_NUMEL, StoredTensors, row_blocks
 from qlora.kernels import LowRank, fold, row_norms, row_scale
 from qlora.lora import embedding_and_head
 from qlora.model import (
@@ -35,8 +35,6 @@ from qlora.model.text_only import names_as_text
 from qlora.nf4 import dequantize, dequantize_rows, quantize_rows
 
 ONTO = ("dequantized", "original")
-# Values that are read at a time for each thread, to be quantized.
-QUANTIZED_NUMEL = 1 << 19
 
 
 class MergedWeights:
@@ -247,7 +245,7 @@ class MergedWeights:
             whole = self._base.read(name).to(self.device)
             blocks = iter([subtracted(whole.T if is_transposed else whole, start)])
         else:
-            parts = row_blocks(self._shapes[name], QUANTIZED_NUMEL * torch.get_num_threads())
+            parts = row_blocks(self._shapes[name], BLOCK_NUMEL * torch.get_num_threads())
             blocks = (self._base.read(name, rows).to(self.device) for rows in parts)
         shape = self._shapes[name][::-1] if is_transposed else self._shapes[name]
         packed, state = quantize_rows(

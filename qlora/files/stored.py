@@ -15,9 +15,9 @@ from qlora.files.shards import DTYPE_NAMES
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Dtypes of weights that are values only together with their scales.
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-# Elements per block of rows: in fp32, a block and an update of the same size fit a core's cache, and malloc keeps their
-# memory for the next block. Half or twice as many were slower.
-BLOCK_NUMEL = 1 << 17
+# Elements per block of rows. With fewer, whose temporary tensors would fit a core's cache, the calls of operations take
+# longer than is saved.
+BLOCK_NUMEL = 1 << 20
 
 
 class TensorReader(Protocol):

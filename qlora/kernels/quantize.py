@@ -10,6 +10,8 @@ CELLS = 1 << 15
 # In place of the code of such a cell, and of eight of them.
 UNDECIDED = 16
 ANY_UNDECIDED = 0x1010101010101010
+# Factor that adds the lower byte of an int16, moved up by four bits, to the upper one.
+SHIFT_AND_ADD = (1 << 12) + 1
 # Values at a time for each thread, so that temporary tensors stay in its cache; with half as many, calls take longer.
 CHUNK = 1 << 18
 # Smallest absmax to divide by, as in bitsandbytes.
@@ -44,8 +46,9 @@ def quantize_4bit_cpu(
         codes = _codes_of_bf16(blocks, key, largest) if weight.dtype == torch.bfloat16 else None
         if codes is None:
             codes = _codes(blocks.float(), key, largest)
-        pairs = codes.view(torch.int16)  # little-endian: the first is the lower byte
-        packed[start // 2 :][: len(pairs)] = (pairs << 4) | (pairs >> 8)
+        # Little-endian: a pair is first + (second << 8), and the upper byte of its product (first << 4) + second.
+        pairs = codes.view(torch.int16).mul_(SHIFT_AND_ADD).bitwise_right_shift_(8)
+        packed[start // 2 :][: len(pairs)] = pairs
 
 
 def _codes_of_bf16(blocks: torch.Tensor, code: tuple[float, ...], absmax: torch.Tensor) -> torch.Tensor | None:
@@ -64,9 +67,9 @@ def _codes_of_bf16(blocks: torch.Tensor, code: tuple[float, ...], absmax: torch.
     if least < LEAST_BITS or most >= TWO_BITS:
         return None
     absmax.copy_(largest.view(torch.bfloat16))
-    mantissa = (largest & 0x7F).int()
-    # A bf16 number has its exponent above 7 bits of mantissa, so this moves the exponent to that of 1.
-    first = mantissa * BF16_VALUES + (NEGATIVE + ONE_BITS) - (largest - mantissa)
+    # A bf16 number has its exponent above 7 bits of mantissa, so to subtract `largest` without its mantissa, which is
+    # added again here, moves the exponent to that of 1.
+    first = (largest & 0x7F).int().mul_(BF16_VALUES + 1).add_(NEGATIVE + ONE_BITS).sub_(largest)
     return _bf16_table(code).index_select(0, bits.int().add_(first.view(-1, 1)).view(-1))
 
 

@@ -528,7 +528,7 @@ def test_a_merge_with_several_templates_resumes(own_run, tmp_path):
 
 
 def test_weights_of_many_blocks_are_exact(alpaca_file, tmp_path, seed):
-    sizes = {"hidden_size": 384, "intermediate_size": 1100, "num_hidden_layers": 1, "vocab_size": 1000}
+    sizes = {"hidden_size": 384, "intermediate_size": 3000, "num_hidden_layers": 1, "vocab_size": 1000}
     base = make_base(tmp_path / "base", seed, **sizes)
     run = train_on(base, alpaca_file, tmp_path / "run", train__max_steps=1)
     merge(run, tmp_path / "out", "float32")

@@ -147,7 +147,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     """Copy or merge; return the memory and time that it took, in MB and seconds."""
     import bitsandbytes  # noqa: F401  (imported before, as all that is not the model's)
     import torch
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     from qlora.export import merge
 
