@@ -49,6 +49,11 @@ class ExportError(QLoRAError):
     """Merged weights can't be written, or would be wrong."""
 
 
+def plain_message(text: str) -> str:
+    """Return a message of pydantic's without its words around the one that a check gave."""
+    return text.removeprefix("Value error, ").replace("Input should", "should")
+
+
 def find_secrets(text: str) -> list[str]:
     """Return the kinds of secrets that a text seems to contain."""
     return [kind for kind, pattern in SECRETS.items() if pattern.search(text)]

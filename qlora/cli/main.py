@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qlora.about import __version__, unsupported_reason
 from qlora.cli.chat import chat
@@ -26,7 +27,7 @@ from qlora.cli.stopping import Terminated, raising_on_sigterm
 from qlora.cli.train import train
 from qlora.cli.tune import tune
 from qlora.cli.verify import verify
-from qlora.errors import ConfigError, QLoRAError
+from qlora.errors import ConfigError, QLoRAError, plain_message
 
 FAILED, WRONG_USE = 1, 2
 
@@ -37,7 +38,20 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+class Verbs(TyperGroup):
+    """The verbs as one command, in whose messages typer's checks read like ours."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb that the command line names."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = plain_message(error.message)
+            raise
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Fine-tune language models in 4 bits on one GPU, and release merged weights that are verified.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

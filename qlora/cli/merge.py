@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qlora.cli.libraries import import_libraries
-from qlora.cli.options import Adapter, AsJson, Base, Checkpoint, NewFolder, choose_adapter
+from qlora.cli.options import SHARD_SIZE, Adapter, AsJson, Base, Checkpoint, NewFolder, choose_adapter
 from qlora.cli.report import show_report
 from qlora.cli.stopping import stopping_with
 
@@ -56,7 +56,7 @@ def merge(
         Literal["safetensors", "gguf", "lora-gguf"],
         typer.Option(help="A folder for transformers, a file for llama.cpp, or one with the adapter alone for it."),
     ] = "safetensors",
-    max_shard_size: Annotated[str | None, typer.Option(help="Size limit of a weight file: 5GB, 500MB.")] = None,
+    max_shard_size: Annotated[str | None, SHARD_SIZE] = None,
     device: Annotated[
         str | None,
         typer.Option(

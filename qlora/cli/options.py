@@ -17,10 +17,22 @@ def expand_home(path: str | None) -> str | None:
     return expanded
 
 
+def _check_size(size: str | None) -> str | None:
+    from qlora.config.sections import parse_size
+
+    try:
+        if size is not None:
+            parse_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(f"{size!r} {error}.") from None
+    return size
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see qlora init.", callback=expand_home)]
 Device = Annotated[str, typer.Option(help="cuda, cpu, …; auto takes a GPU if there is one.")]
 NewFolder = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder.", callback=expand_home)]
+SHARD_SIZE = typer.Option("--max-shard-size", help="Size limit of a weight file: 5GB, 500MB.", callback=_check_size)
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Values that override the file, such as train.max_steps=100."),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from qlora.cli.libraries import import_libraries
-from qlora.cli.options import AsJson, Device, NewFolder, expand_home
+from qlora.cli.options import SHARD_SIZE, AsJson, Device, NewFolder, expand_home
 from qlora.cli.report import show_report
 
 
@@ -26,19 +26,13 @@ def quantize(
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Dtype of the rest, and of the weights before quantization; auto is the model's own."),
     ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Size limit of a weight file: 5GB, 500MB.")] = "5GB",
+    max_shard_size: Annotated[str, SHARD_SIZE] = "5GB",
     device: Device = "cpu",
     revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a model in 4 bits, which transformers and qlora train load as it is."""
-    from qlora.config.sections import parse_size
-
-    try:
-        parse_size(max_shard_size)
-    except ValueError as error:
-        raise typer.BadParameter(f"--max-shard-size {max_shard_size}: {error}") from None
     import_libraries()
 
     from qlora.export.quantize import quantize_model

@@ -14,7 +14,7 @@ from qlora.config.hints import close_names, full_names, nested_section, suggest
 from qlora.config.plain_yaml import parse_yaml
 from qlora.config.sections import RunConfig
 from qlora.config.sections.evaluation import USER_METRIC
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, plain_message
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -129,7 +129,7 @@ def _describe(problem: Any) -> str:
         return f"  {key}: unknown key.{suggest(location)}"
     if problem["type"] == "missing" and isinstance(location[-1], str):
         return f"  {key}: missing; it has no default."
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = plain_message(problem["msg"])
     if problem["type"] == "model_type" and len(location) > 1 and (group := nested_section(*location[:2])):
         message = f"should hold keys: {', '.join(group.model_fields)}"
     return f"  {key}: {problem['input']!r:.200} {message}"

@@ -20,6 +20,7 @@ from qlora.export.companions import (
     write_report_and_card,
 )
 from qlora.export.held_out import Judge, held_out_examples, written_loss
+from qlora.export.rounding import UpdateRounding
 from qlora.export.weights import ONTO, MergedWeights
 from qlora.files.resumable import new_folder, put_in_place, resumable_folder
 from qlora.files.shards import ShardWriter
@@ -73,8 +74,9 @@ def merge_to_folder(
             )
         examples = held_out_examples(source.run, load_run_tokenizer(source.run))
     with resumable_folder(out_dir, key, num_bytes * len(candidates)) as staging:
+        notes = {}
         for base, candidate in candidates.items():
-            _write_weights(staging / base, candidate, dtype, max_bytes, progress)
+            notes[base] = candidate.notes + _write_weights(staging / base, candidate, dtype, max_bytes, progress)
             write_companions(staging / base, candidate, dtype)
             if onto == "best":
                 losses[base] = written_loss(
@@ -96,7 +98,7 @@ def merge_to_folder(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=candidates[chosen].notes + _notes_on_losses(losses, source, judge),
+            notes=notes[chosen] + _notes_on_losses(losses, source, judge),
         )
         write_report_and_card(staging / chosen, report, source, weights.files.folder)
         put_in_place(staging / chosen, out_dir)
@@ -182,14 +184,20 @@ def _key(source: AdapterSource, weights: MergedWeights, dtype: str, onto: str, m
     return digest.hexdigest()
 
 
-def _write_weights(folder: Path, weights: MergedWeights, dtype: str, max_bytes: int, progress: _Progress) -> None:
-    """Write the tensors that are not in the folder yet."""
+def _write_weights(folder: Path, weights: MergedWeights, dtype: str, max_bytes: int, progress: _Progress) -> list[str]:
+    """Write the tensors that are not in the folder yet.
+
+    Returns:
+        Notes on what rounding them does to the update.
+    """
     folder.mkdir(exist_ok=True)
+    rounding = UpdateRounding(getattr(torch, dtype))
     writer = ShardWriter(folder, weights.layout(getattr(torch, dtype)), max_bytes)
     remaining = list(writer.remaining)
     progress.add(writer.num_bytes - sum(entry.num_bytes for entry in remaining), continued=True)
     for entry in remaining:
-        blocks = (cast_checked(entry.name, block, entry.dtype) for block in weights.blocks(entry.name))
-        writer.write_blocks(entry.name, blocks)
+        merged = map(rounding.counted, weights.blocks(entry.name, rounding.keep))
+        writer.write_blocks(entry.name, (cast_checked(entry.name, block, entry.dtype) for block in merged))
         progress.add(entry.num_bytes)
     writer.close()
+    return rounding.notes

@@ -174,8 +174,13 @@ class MergedWeights:
     def _is_floating_point(self, name: str) -> bool:
         return name not in self._base.shapes or self._base.is_floating_point(name)
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+    def blocks(self, name: str, on_base: Callable[[torch.Tensor], None] | None = None) -> Iterator[torch.Tensor]:
         """Yield one tensor of the merged model in blocks of its rows, in order.
+
+        Args:
+            name: Name of the tensor.
+            on_base: Called with the first block of an adapted linear layer's weight without its update, just before
+                the merged block.
 
         Yields:
             Rows in fp32 on the device; integers as they are stored.
@@ -187,36 +192,44 @@ class MergedWeights:
         module = self._adapted.get(name)
         magnitude = None if module is None else self._layers[module].magnitude
         if magnitude is None:
-            yield from self._summed(name, base)
+            yield from self._summed(name, base, on_base)
             return
         magnitude = magnitude.to(self.device)
         if module not in self._transposed:
-            for rows, block in zip(row_blocks(self._shapes[name]), self._summed(name, base), strict=True):
+            for rows, block in zip(row_blocks(self._shapes[name]), self._summed(name, base, on_base), strict=True):
                 yield block.mul_(row_scale(magnitude[rows], row_norms(block))[:, None])
             return
         norms = torch.stack([row_norms(block, dim=0) for block in self._summed(name, base)]).norm(dim=0)
-        for block in self._summed(name, base):
+        for block in self._summed(name, base, on_base):
             yield block.mul_(row_scale(magnitude, norms))
 
-    def _summed(self, name: str, base: Callable[[slice], torch.Tensor] | None) -> Iterator[torch.Tensor]:
+    def _summed(
+        self,
+        name: str,
+        base: Callable[[slice], torch.Tensor] | None,
+        on_base: Callable[[torch.Tensor], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
         """Yield blocks of the rows of a tensor with its updates, before DoRA scales it.
 
         Args:
             name: Name of the tensor.
             base: Result of :meth:`_dequantized`.
+            on_base: See :meth:`blocks`.
         """
         deltas = self._deltas(name)
         for rows in row_blocks(self._shapes[name]):
             stored = self._read_rows(name, rows) if base is None else base(rows)
+            if on_base is not None and deltas and not rows.start:
+                on_base(stored)
             # A copy, because the update is added in place, and the base may be read again.
             dtype = torch.float32 if stored.is_floating_point() else stored.dtype
             block = stored.to(self.device, dtype, copy=True)
             yield fold(block, [delta.rows(rows) for delta in deltas], out=block)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor of the merged model, fp32; integers as they are stored."""
+    def tensor(self, name: str, on_base: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
+        """Return one tensor of the merged model, fp32; integers as they are stored. See :meth:`blocks`."""
         whole, start = torch.empty(0), 0
-        for block in self.blocks(name):
+        for block in self.blocks(name, on_base):
             if block.shape == self._shapes[name]:
                 return block
             if not start:

@@ -294,8 +294,7 @@ def choose_level(
         ModelError: No level fits the device, or the host.
     """
     levels = estimate.levels if levels is None else levels
-    free = f"{free_bytes / 2**30:.2f} GiB, of which {MARGIN:.0%} stay free"
-    previous = None
+    free, previous = _free(free_bytes), None
     for level in levels:
         if estimate.fits(level, free_bytes, tokens):
             needed = f"it takes {_gib(estimate.total_bytes(level, tokens))} of {free}"
@@ -305,16 +304,34 @@ def choose_level(
         previous = level
     if of_device := [level for level in levels if estimate.fits_device(level, free_bytes, tokens)]:
         check_host(estimate, tokens, of_device)
-    if estimate.leaving_bytes and not estimate.is_loaded and estimate.loaded_bytes > (1 - MARGIN) * free_bytes:
-        remedy = "Start more processes, or use" if estimate.weights == "sharded" else "Use"
-        raise ModelError(
-            f"Loading the base takes {_gib(estimate.loaded_bytes)}, of which {_gib(estimate.leaving_bytes)} are for "
-            f"embedding and head until adapters are added, but the device has {free}. {remedy} a smaller base."
-        )
+    if estimate.leaving_bytes:
+        check_loading(estimate, free_bytes)
     least = min(estimate.total_bytes(level, tokens) for level in levels)
     raise ModelError(
         f"A micro-batch of {tokens:,} tokens needs at least {_gib(least)}, but the device has {free}. Lower "
         "train.micro_batch_size, data.max_seq_len or lora.rank, or use a smaller base."
+    )
+
+
+def check_loading(estimate: Estimate, free_bytes: int) -> None:
+    """Check that the device has memory for the base while it is loaded, before any adapter or activation.
+
+    Args:
+        estimate: Prediction for the run.
+        free_bytes: Bytes that the run may take; see :func:`available_bytes`.
+
+    Raises:
+        ModelError: The base takes more.
+    """
+    if estimate.is_loaded or estimate.loaded_bytes <= (1 - MARGIN) * free_bytes:
+        return
+    leaving = f", of which {_gib(estimate.leaving_bytes)} are for embedding and head until adapters are added"
+    remedy = {"sharded": "Start more processes, or use", "host": "Use"}.get(
+        estimate.weights, "Set model.weights: auto, or use" if any(estimate.footprint.layers_packed) else "Use"
+    )
+    raise ModelError(
+        f"Loading the base takes {_gib(estimate.loaded_bytes)}{leaving if estimate.leaving_bytes else ''}, but the "
+        f"device has {_free(free_bytes)}. {remedy} a smaller base."
     )
 
 
@@ -345,7 +362,7 @@ def check_host(estimate: Estimate, tokens: int, levels: Sequence[str]) -> None:
     others = "" if taken == total else f", and the run {_gib(total)} in all"
     raise ModelError(
         f"{what} takes {_gib(taken)} of host memory for each process{others}, but there are "
-        f"{_gib(estimate.host_free or 0)}, of which {MARGIN:.0%} stay free. Stop other programs, {remedy}."
+        f"{_free(estimate.host_free or 0)}. Stop other programs, {remedy}."
     )
 
 
@@ -360,6 +377,10 @@ def available_bytes(device: torch.device, loaded_bytes: int = 0) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES  # the call has created the context
     return free_host_bytes() + loaded_bytes
+
+
+def _free(num_bytes: int) -> str:
+    return f"{_gib(num_bytes)}, of which {MARGIN:.0%} stay free"
 
 
 def _gib(num_bytes: int) -> str:

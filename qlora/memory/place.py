@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from qlora.config import ModelSection, RunConfig
 from qlora.errors import ConfigError, ModelError
-from qlora.memory.estimate import Estimate, available_bytes, check_host, choose_level, estimate
+from qlora.memory.estimate import Estimate, available_bytes, check_host, check_loading, choose_level, estimate
 from qlora.model import Loss, free_host_bytes
 from qlora.processes import Processes
 
@@ -38,16 +38,16 @@ def choose_weights(
         packed: Whether documents are packed.
 
     Raises:
-        ModelError: The host has too little memory for them, or for the layer inputs that would be offloaded.
+        ModelError: The device has too little memory for the base as it is loaded, or the host for the weights or for
+            the layer inputs that would be offloaded.
     """
-    section, is_given = config.model, config.model.weights != "auto"
-    given = section.weights, "set by model.weights"
-    if section.weights == "device":
-        return given
-    if section.quantization == "none" and not is_given:
-        return "device", "they are in 16 bits"
+    section, given = config.model, None
+    if section.weights != "auto":
+        given = section.weights, "set by model.weights"
+    elif section.quantization == "none":
+        given = "device", "they are in 16 bits"
     if processes.device.type == "cpu":
-        return given if is_given else ("device", "the device is the host")
+        return given or ("device", "the device is the host")
     # Each process has a GPU of its own, which may differ in more than its memory.
     available, host_free = (
         int(-processes.max(-free)) for free in (available_bytes(processes.device), free_host_bytes())
@@ -55,15 +55,16 @@ def choose_weights(
     try:
         expected = estimate(config, loss, processes.device)
     except ModelError as error:
-        return processes.broadcast(given if is_given else ("device", f"the memory of a step is unknown: {error}"))
+        return processes.broadcast(given or ("device", f"the memory of a step is unknown: {error}"))
     # Of the largest micro-batch that the data make.
     count = config.train.micro_batch_size * expected.group_size
     tokens = min(expected.tokens, sum(lengths) if packed else sum(sorted(lengths)[-count:]))
     expected = replace(expected, processes=processes.world_size, host_free=host_free)
     level = section.recompute
-    found = given if is_given else first_that_fits(expected, available, tokens, level)
-    weights, why = processes.broadcast(found)
-    check_host(replace(expected, weights=weights), tokens, levels_of(expected, level))
+    weights, why = processes.broadcast(given or first_that_fits(expected, available, tokens, level))
+    placed = replace(expected, weights=weights)
+    check_loading(placed, available)
+    check_host(placed, tokens, levels_of(expected, level))
     return weights, why
 
 

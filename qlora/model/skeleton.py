@@ -37,9 +37,9 @@ def build_skeleton(
         The model; of a multimodal one the text part, in the class that config.json names.
 
     Raises:
-        ModelError: The weights' format is not supported, the base is no decoder-only model, transformers does not know
-            the architecture or has no class of it with such a head, it needs code that may not be run, or its sizes are
-            impossible.
+        ModelError: The weights' format is not supported, the base is no decoder-only model, its head is more than a
+            linear layer, transformers does not know the architecture or has no class of it with such a head, it needs
+            code that may not be run, or its sizes are impossible.
     """
     from transformers import AutoModelForCausalLM
 
@@ -56,11 +56,30 @@ def build_skeleton(
         with torch.device("meta"):
             if multimodal is not None:
                 return (multimodal if whole else text_only(multimodal))._from_config(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        _check_head(files, model)
+        return model
     except ModelError:
         raise
     except Exception as error:  # a wrong value can make an architecture raise anything
         raise _unbuildable(files, error, trust_remote_code) from error
+
+
+def _check_head(files: BaseFiles, model: Any) -> None:
+    """Check that a language model's logits are its output head's of the last hidden states, as losses compute them.
+
+    Raises:
+        ModelError: Other layers come between them.
+    """
+    parts = (model.base_model, output_head(model))
+    known = {id(each) for part in parts if part is not None for each in part.parameters()}
+    between = dict.fromkeys(name.rpartition(".")[0] for name, each in model.named_parameters() if id(each) not in known)
+    if between:
+        raise ModelError(
+            f"{files.name}: {type(model).__name__} has {', '.join(between)} between its hidden states and the output "
+            "head, which the loss would leave out; use a base of another architecture, such as Llama, Mistral, Qwen or "
+            "Gemma."
+        )
 
 
 def of_images(config: Mapping[str, Any]) -> bool:

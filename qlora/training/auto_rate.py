@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora.config import RunConfig, TrainSection
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, plain_message
 from qlora.model import adapter_spec
 
 # The rule is for LoRA with Adam and a scaling of 32 / rank.
@@ -95,5 +95,5 @@ def resolve_rate(config: RunConfig, model_config: Any) -> tuple[TrainSection, st
     try:
         return config.train.with_learning_rate(rate.value), rate.why
     except ValidationError as error:
-        problems = "; ".join(f"train.{each['loc'][0]} {each['ctx']['error']}" for each in error.errors())
+        problems = "; ".join(f"train.{each['loc'][0]} {plain_message(each['msg'])}" for each in error.errors())
         raise ConfigError(f"train.learning_rate is {rate.value:g} ({rate.why}), but {problems}.") from None

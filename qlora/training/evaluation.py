@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qlora.checkpoint import RunDirectory
 from qlora.config import EvalSection, RunConfig, SourceSection, load_config, metric_name
 from qlora.data import MAIN_SET, eval_batches, set_special_tokens, supervised_bytes
-from qlora.errors import ConfigError, DataError
+from qlora.errors import ConfigError, DataError, plain_message
 from qlora.files import BaseFiles
 from qlora.model import (
     AdapterSource,
@@ -139,7 +139,7 @@ def evaluate(
         try:
             asked = EvalSection.model_validate(config.eval.model_dump() | {"metrics": list(metrics)})
         except ValidationError as error:
-            raise ConfigError(f"metrics: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+            raise ConfigError(f"metrics: {plain_message(error.errors()[0]['msg'])}.") from None
     elif own_template:  # nobody here chose the code that a run names
         functions = [metric for metric in asked.metrics if metric_name(metric) != metric]
         asked = asked.model_copy(update={"metrics": [each for each in asked.metrics if each not in functions]})

@@ -89,8 +89,7 @@ class MetricsLog:
         self.display.show_step(
             progress.step,
             f"epoch {progress.step / self.steps_per_epoch:.2f}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"grad norm {report.grad_norm:.2f}  {tokens_per_second:,.0f} {self.unit}/s  "
-            f"{peak_memory_bytes() / 2**30:.2f} GiB",
+            f"grad norm {report.grad_norm:.2f}  {tokens_per_second:,.0f} {self.unit}/s  {_describe_peak()}",
         )
 
     def log_event(self, step: int, kind: str, message: str, rows: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -182,6 +181,11 @@ def describe_rows(rows: Mapping[str, Sequence[int]]) -> str:
         more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
         parts.append(f"{', '.join(map(str, numbers[:SHOWN_ROWS]))}{more} of {source}")
     return "; ".join(parts)
+
+
+def _describe_peak() -> str:
+    """Return the peak memory, with what it is the peak of: predictions are those of a device, without a process."""
+    return f"{'peak' if torch.cuda.is_available() else 'process peak'} {peak_memory_bytes() / 2**30:.2f} GiB"
 
 
 def peak_memory_bytes() -> int:

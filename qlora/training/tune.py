@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from qlora.config import EvalSection, RunConfig, TrainSection, absolute_paths
 from qlora.config.sections import parse_duration
-from qlora.errors import ConfigError, ModelError
+from qlora.errors import ConfigError, ModelError, plain_message
 from qlora.model import group_rates, resolve_device
 from qlora.processes import Processes
 from qlora.training.assemble import assemble
@@ -236,7 +236,7 @@ def _make_candidates(assembly: Assembly, trials: list[RateTrial], start: _State)
         try:
             own = section.model_copy(update={"min_learning_rate": floor}).with_learning_rate(trial.learning_rate)
         except ValidationError as error:
-            trial.failure = "; ".join(f"train.{each['loc'][0]}: {each['msg']}" for each in error.errors())
+            trial.failure = "; ".join(f"train.{each['loc'][0]} {plain_message(each['msg'])}" for each in error.errors())
         else:
             candidates.append(_Candidate(trial, own, start))
     return candidates

@@ -297,10 +297,11 @@ def test_a_merge_onto_what_is_there(run_dir, tmp_path, kind):
     assert contents(tmp_path) == before
 
 
-def test_a_merge_with_a_wrong_size(run_dir, tmp_path):
-    done = run("merge", run_dir, "-o", tmp_path / "out", "--max-shard-size", "big")
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_a_wrong_size_of_weight_files(tmp_path, verb):
+    done = run(verb, tmp_path / "model", "-o", tmp_path / "out", "--max-shard-size", "big")
     assert done.code == 2
-    assert "export.max_shard_size: 'big' should be a size such as 5GB" in done.error()
+    assert "'--max-shard-size': 'big' should be a size such as 5GB" in done.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,10 +1,12 @@
 """What a verb that works on a model imports, and what of it garbage collection searches."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
+from qlora.cli.main import VERBS
 from tests.tiny import run_config
 
 # The callback that is registered first is called last.
@@ -14,6 +16,9 @@ atexit.register(lambda: print("FOUND", gc.isenabled(), gc.get_freeze_count(), *s
 from qlora.cli.main import main
 main()
 """
+# Verbs that work without torch and transformers. The others import them by `import_libraries`, but not before they have
+# checked what can be checked without, so that wrong options and configs are reported at once.
+WITHOUT_MODEL = ("init", "explain", "report")
 # Libraries that an estimate has no use for.
 UNUSED = ("bitsandbytes", "datasets", "matplotlib", "pandas", "pyarrow", "sklearn")
 
@@ -40,3 +45,11 @@ def run(verb, config):
     assert is_enabled == "True"
     assert int(num_frozen) > 100_000
     return modules
+    assert [name for name in UNUSED if name in modules] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_works_on_a_model_imports_its_libraries_by_one_function(verb):
+    """Otherwise Python searches the objects of all libraries for garbage, as they are made and from then on."""
+    source = inspect.getsource(inspect.getmodule(VERBS[verb]))
+    assert ("import_libraries()" in source) == (verb not in WITHOUT_MODEL)

@@ -22,9 +22,3 @@ def test_a_folder_that_is_there_is_kept(tiny_base, tmp_path):
     assert run("quantize", tiny_base, "-o", tmp_path / "4bit").code == 0
     done = run("quantize", tiny_base, "-o", tmp_path / "4bit")
     assert (done.code, "already exists" in done.err) == (1, True)
-
-
-def test_an_invalid_size_is_wrong_use(tiny_base, tmp_path):
-    done = run("quantize", tiny_base, "-o", tmp_path / "4bit", "--max-shard-size", "much")
-    assert done.code == 2
-    assert "much" in done.err

@@ -48,6 +48,12 @@ def test_every_value_is_the_merged_value_rounded_once(dtype, onto, run, tmp_path
     assert own("a b").input_ids == AutoTokenizer.from_pretrained(tmp_path / "exact")("a b").input_ids
 
 
+def test_a_file_in_bf16_reports_what_rounding_loses_as_a_folder_does(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora.export.rounding.NOTED_SHARE", 0)
+    (note,) = merge(run, tmp_path / "folder", "bfloat16").notes
+    assert note in merge(run, tmp_path / "file", "bfloat16", format="gguf").notes
+
+
 def test_progress_ends_at_the_total_if_a_tied_model_has_its_weight_twice(tied, tmp_path):
     copy, base = (shutil.copytree(tied / name, tmp_path / name) for name in ("run", "base"))
     tensors = load_file(base / "model.safetensors")

@@ -136,6 +136,27 @@ def test_a_host_with_too_little_memory_is_refused_before_anything_is_loaded(pred
             place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)
 
 
+@pytest.mark.parametrize(("weights", "remedy"), [
+    ("device", "Set model.weights: auto, or use a"), ("sharded", "Start more processes, or use a"), ("host", "Use a"),
+])  # fmt: skip
+def test_a_place_that_a_config_asks_for_is_refused_if_the_base_does_not_fit_there(
+    weights, remedy, predicted, base, tmp_path, monkeypatch
+):
+    """Before it is loaded; whether a step fits is known after a trial."""
+    loaded = replace(predicted, weights=weights, processes=1).loaded_bytes
+    monkeypatch.setattr(place, "estimate", lambda *_: predicted)
+    monkeypatch.setattr(place, "free_host_bytes", lambda: 1 << 40)
+    config = load_config(
+        run_config(base, tmp_path / "none.jsonl", tmp_path / "run", model__weights=weights, model__recompute="full")
+    )
+    on_gpu, lengths = Processes(device=torch.device("cuda")), [predicted.max_seq_len] * predicted.micro_batch_size
+    monkeypatch.setattr(place, "available_bytes", lambda _device: int(loaded / 0.95) + 1)
+    assert place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)[0] == weights
+    monkeypatch.setattr(place, "available_bytes", lambda _device: int(loaded / 0.95) - 1)
+    with pytest.raises(ModelError, match=rf"^Loading the base takes .* the device has .*\. {remedy} smaller base\.$"):
+        place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [

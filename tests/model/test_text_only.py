@@ -188,6 +188,18 @@ def test_a_class_that_can_not_be_run_is_refused_before_it_is_loaded(llava):
         text_only(Reading)(llava.config)
 
 
+@pytest.mark.parametrize(("config_class", "arguments", "layers"), [
+    ("ModernBertDecoderConfig", {}, "ModernBertDecoderForCausalLM has lm_head.dense, lm_head.norm"),
+    ("RobertaConfig", {"is_decoder": True}, "RobertaForCausalLM has lm_head.dense, lm_head.layer_norm"),
+])  # fmt: skip
+def test_a_head_of_several_layers_is_refused(tmp_path, config_class, arguments, layers):
+    """The loss is computed from the last of them; of random weights it is about that of the model's own logits."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    getattr(transformers, config_class)(**sizes, **arguments).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf": {layers} between its hidden states and the output head, .*; use a base"):
+        build_skeleton(BaseFiles.resolve(str(tmp_path), with_weights=False))
+
+
 @pytest.mark.parametrize(
     ("config_class", "arguments", "kind"),
     [

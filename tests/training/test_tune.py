@@ -79,8 +79,8 @@ def test_the_better_half_goes_on_and_the_best_of_the_last_round_wins(configure):
 
 def test_a_rate_that_other_keys_do_not_allow_loses_and_is_reported(configure):
     report = qlora.tune(configure(train__learning_rate=0.2, train__max_steps=1, train__warmup_steps=0), "1h")
-    assert report.trials[-1].failure == "train.learning_rate: Input should be less than 1"
-    assert report.notes[0] == "Learning rate 1.8 failed: train.learning_rate: Input should be less than 1."
+    assert report.trials[-1].failure == "train.learning_rate should be less than 1"
+    assert report.notes[0] == "Learning rate 1.8 failed: train.learning_rate should be less than 1."
     assert report.learning_rate != 1.8
 
 

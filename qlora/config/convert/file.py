@@ -14,7 +14,7 @@ from qlora.config.convert.write import config_text, summary_lines
 from qlora.config.plain_yaml import MAX_CHARACTERS, parse_yaml
 from qlora.config.sections import RunConfig
 from qlora.config.sections.train import TOKEN_LOSS_OBJECTIVES
-from qlora.errors import ConfigError
+from qlora.errors import ConfigError, plain_message
 
 # Values of required keys that the other config does not set.
 PLACEHOLDERS = {
@@ -137,7 +137,7 @@ def _drop_invalid(draft: Draft) -> None:
             return
         except ValidationError as error:
             for problem in error.errors():
-                reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                reason = plain_message(problem["msg"])
                 where = problem["loc"][:2]
                 if len(where) == 1:  # keys that contradict each other: each sentence begins with the one to change
                     keys = [f"{where[0]}.{name}" for name in re.findall(r"(?:^|; )(\w+)", reason)]

@@ -14,6 +14,7 @@ from qlora.export.companions import MergeReport, OnProgress, write_companions, w
 from qlora.export.gguf.k_quants import BITS, K_QUANTS, find_quantizer, quantize
 from qlora.export.gguf.model import BLOCK_BYTES, BLOCK_SIZE, write_gguf
 from qlora.export.gguf.modelfile import write_modelfile
+from qlora.export.rounding import UpdateRounding
 from qlora.export.weights import MergedWeights
 from qlora.files import atomic_folder
 from qlora.files.resumable import new_folder
@@ -57,8 +58,11 @@ def merge_to_gguf(
     remaining = {entry.name: entry.num_bytes for entry in layout}
     total = sum(remaining.values())
 
+    # Only of bf16, because GGUF has no type with finer steps than fp16 for matrices.
+    rounding = UpdateRounding(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
     def read(name: str) -> torch.Tensor:
-        value = weights.tensor(stored[name]).cpu()
+        value = rounding.counted(weights.tensor(stored[name], rounding.keep)).cpu()
         remaining.pop(name, None)  # the embedding and head of a tied model may be read twice
         if on_progress is not None:
             on_progress(total - sum(remaining.values()), total)
@@ -97,7 +101,7 @@ def merge_to_gguf(
             device=weights.device.type,
             base_differs=weights.base_differs,
             seconds=round(time.perf_counter() - started, 3),
-            notes=weights.notes + written.notes + _notes_on_bits(dtype, onto),
+            notes=weights.notes + rounding.notes + written.notes + _notes_on_bits(dtype, onto),
             format="gguf",
         )
         write_report_and_card(folder, report, source, weights.files.folder)
