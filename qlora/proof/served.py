@@ -137,7 +137,9 @@ def serve(source: AdapterSource, merged: Merged, device: str, installed: Sequenc
                 served[engine.name] = Served(engine.version, len(prompts))
             except Exception as error:  # of any kind, from a library that is not ours; it may lack a GPU, or memory
                 message = " ".join(str(error).split())
-                served[engine.name] = Served(engine.version, reason=f"it failed: {type(error).__name__}: {message}")
+                if not isinstance(error, ChildProcessError):  # which names the kind itself
+                    message = f"{type(error).__name__}: {message}"
+                served[engine.name] = Served(engine.version, reason=f"it failed: {message}")
             _free()
     differences = {name: list(_differences(expected, found)) for name, found in replies.items()}
     logits = _LastLogits(lambda: _load_release(source, merged, device))
