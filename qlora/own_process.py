@@ -45,6 +45,7 @@ def call_in_own_process(function: Callable[..., Result], *args: Any) -> Result:
 
 def answer_call(path: str) -> None:
     """Make the call on the standard input, and write its error and result to a file."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is reported by the caller, who gets it too
     function, args = pickle.load(sys.stdin.buffer)
     error, result = "", None
     try:

@@ -32,3 +32,9 @@ def test_what_it_prints_is_kept_apart_from_a_report(capfd):
 def test_a_call_without_a_result_is_an_error(function, argument, message):
     with pytest.raises(ChildProcessError, match=message):
         call_in_own_process(function, argument)
+
+
+def test_ctrl_c_ends_it_without_a_traceback(capfd):
+    with pytest.raises(ChildProcessError, match="SIGINT"):
+        call_in_own_process(signal.raise_signal, signal.SIGINT)
+    assert capfd.readouterr().err == ""
