@@ -16,6 +16,10 @@ _PROGRAM = "import sys; from qlora.own_process import answer_call; answer_call(s
 _STANDARD_ERROR = 2
 
 
+class KilledProcessError(ChildProcessError):
+    """A signal killed the process of a call."""
+
+
 def call_in_own_process(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function in a new process, which prints to the standard error.
 
@@ -27,8 +31,8 @@ def call_in_own_process(function: Callable[..., Result], *args: Any) -> Result:
         Its result.
 
     Raises:
-        ChildProcessError: The function raised an error, which the message names with its kind; or a signal killed the
-            process.
+        KilledProcessError: A signal killed the process.
+        ChildProcessError: The function raised an error, which the message names with its kind, or ended the process.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer"
@@ -36,7 +40,9 @@ def call_in_own_process(function: Callable[..., Result], *args: Any) -> Result:
             [sys.executable, "-c", _PROGRAM, str(answer)], input=pickle.dumps((function, args)), stdout=_STANDARD_ERROR
         )
         if not answer.exists():
-            raise ChildProcessError(_describe_end(ended.returncode))
+            if ended.returncode < 0:
+                raise KilledProcessError(f"a signal killed its process ({signal.Signals(-ended.returncode).name})")
+            raise ChildProcessError(f"its process ended with exit code {ended.returncode}")
         error, result = pickle.loads(answer.read_bytes())
     if error:
         raise ChildProcessError(error)
@@ -53,10 +59,3 @@ def answer_call(path: str) -> None:
     except Exception as problem:  # of any kind, from a library that is not ours
         error = f"{type(problem).__name__}: {problem}"
     Path(path).write_bytes(pickle.dumps((error, result)))
-
-
-def _describe_end(code: int) -> str:
-    """Return how a process ended that wrote no answer."""
-    if code < 0:
-        return f"a signal killed its process ({signal.Signals(-code).name})"
-    return f"its process ended with exit code {code}"

