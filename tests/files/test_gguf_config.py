@@ -43,6 +43,7 @@ def test_a_scaling_of_gemma_3_is_that_of_its_global_layers(tmp_path, seed):
         ({"/general.name": "mistral"}, "transformers reads llama as mistral"),
         ({"/general.architecture": "gpt-oss"}, "of the architecture gpt-oss; those supported are llama, qwen2"),
         ({"/general.architecture": "t5"}, "of the architecture t5; those supported are llama, qwen2"),
+        ({"/general.type": "adapter"}, "is an adapter for llama.cpp, without its base. Use the same adapter in PEFT's"),
         ({"attention.head_count": None}, r"lacks llama\.attention\.head_count; download it again"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

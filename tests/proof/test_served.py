@@ -1,6 +1,7 @@
 """Releases in the clients that serve them: the run's answers, rounding, and every other difference."""
 
 import json
+import signal
 from dataclasses import replace
 from importlib import import_module
 
@@ -11,6 +12,7 @@ from qlora.errors import ExportError
 from qlora.export import merge
 from qlora.export.merged import read_merged
 from qlora.model import open_source
+from qlora.own_process import call_in_own_process
 from qlora.proof import engines, verify
 from qlora.proof.engines import ENGINES, Engine
 from qlora.proof.served import serve
@@ -75,6 +77,15 @@ def test_a_client_that_fails_is_no_mismatch(merged, monkeypatch):
     assert done.code == 0
     assert REASON in done.out
     assert f"{merged / 'out'} is what {merged / 'run'} trained." in done.out
+
+
+def test_a_client_that_crashes_is_an_answer(merged):
+    def crash(*_):
+        return call_in_own_process(signal.raise_signal, signal.SIGILL)
+
+    crashing = replace(TRANSFORMERS, answer=crash, after_crash="; build it without AMX")
+    served = serve(open_source(merged / "run"), read_merged(merged / "out"), "cpu", [crashing])["transformers"]
+    assert served.reason == "it failed: a signal killed its process (SIGILL); build it without AMX"
 
 
 def test_a_release_that_no_client_could_run_is_an_error(merged, monkeypatch):
