@@ -10,7 +10,7 @@ from qlora.kernels.simulated import device_of
 # Logits held at a time; on a CPU, bytes of their products. On a GPU they are whole rows: a multiple of what a product's
 # tile has, and enough of them that the head is read few times, unless they would take more than this share of the
 # memory.
-CHUNK_ELEMENTS, CHUNK_BYTES_CPU = 1 << 24, 1 << 25
+CHUNK_ELEMENTS, CHUNK_BYTES_CPU = 1 << 24, 1 << 24
 TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE = 128, 512, 1 / 64
 # Logits that a CPU holds in fp32 at a time: from pass to pass they stay in a core's cache (docs/benchmarks/loss.md).
 BLOCK_ELEMENTS_CPU = 1 << 18
