@@ -95,8 +95,8 @@ def _forward(
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         else:
             attended = q.new_empty(*q.shape[:3], v.shape[3])
-            q, by_head = (each.unflatten(1, (-1, groups)).flatten(0, 1) for each in (q.mul_(scale), attended))
-            k, v = k.flatten(0, 1), v.flatten(0, 1)
+            q, by_head = (each.unflatten(1, (-1, groups)).flatten(0, 1) for each in (q * scale, attended))
+            q, k, v = q.contiguous(), k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
             for tile in _tiles(q, window):
                 by_head[tile.heads, :, tile.queries] = tile.split(tile.weights(q, k) @ tile.seen(v))
         documents.put(attended, output.transpose(1, 2))
@@ -116,10 +116,10 @@ def _backward(
     grads, groups = [torch.empty_like(tensor) for tensor in (query, key, value)], query.shape[1] // key.shape[1]
     for documents in _together(lengths, query):
         taken = (documents.take(tensor) for tensor in (query, grad_output.transpose(1, 2)))
-        q, grad = (each.unflatten(1, (-1, groups)).flatten(0, 1) for each in taken)
-        k, v = (documents.take(tensor).flatten(0, 1) for tensor in (key, value))
-        scaled, grad_q = k * scale, torch.empty_like(q)
-        q.mul_(scale)
+        q, grad = (each.unflatten(1, (-1, groups)).flatten(0, 1).contiguous() for each in taken)
+        k, v = (documents.take(tensor).flatten(0, 1).contiguous() for tensor in (key, value))
+        q, scaled = q * scale, k * scale
+        grad_q = torch.empty_like(q)
         # Sums over tiles, in which 16 bits would round each term.
         sum_k, sum_v = (torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in (k, v))
         for tile in _tiles(q, window):
@@ -222,7 +222,12 @@ class _Documents:
     length: int
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return their tokens of (batch, heads, seq, width), as (documents, heads, length, width)."""
+        """Return their tokens of (batch, heads, seq, width), as (documents, heads, length, width).
+
+        They are contiguous, unless they are all tokens of the batch as they are.
+        """
+        if self.length == tensor.shape[2] and len(self.places) == len(tensor):
+            return tensor
         taken = tensor.new_empty(len(self.places), tensor.shape[1], self.length, tensor.shape[3])
         for document, (row, tokens) in zip(taken, self.places, strict=True):
             number = tokens.stop - tokens.start

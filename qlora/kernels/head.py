@@ -12,7 +12,8 @@ from qlora.kernels.simulated import device_of
 # memory.
 CHUNK_ELEMENTS, CHUNK_BYTES_CPU = 1 << 24, 1 << 24
 TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE = 128, 512, 1 / 64
-# Logits that a CPU holds in fp32 at a time: from pass to pass they stay in a core's cache (docs/benchmarks/loss.md).
+# Logits in fp32 that each thread of a CPU works on at a time: from pass to pass they stay in a core's cache
+# (docs/benchmarks/loss.md).
 BLOCK_ELEMENTS_CPU = 1 << 18
 # Memory of a GPU that is not in this machine.
 ASSUMED_MEMORY = 24 << 30
@@ -62,7 +63,7 @@ def fp32_buffer(products: torch.Tensor, is_trained: bool) -> torch.Tensor:
     """
     rows, size = products.shape
     if not is_trained and device_of(products).type == "cpu":
-        rows = min(rows, max(1, BLOCK_ELEMENTS_CPU // size))
+        rows = min(rows, max(1, BLOCK_ELEMENTS_CPU * torch.get_num_threads() // size))
     if products.dtype == torch.float32:
         return products[:rows]
     return torch.empty(rows, size, dtype=torch.float32, device=products.device)

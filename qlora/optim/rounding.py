@@ -3,7 +3,7 @@
 import torch
 
 # Temporary bytes for rounding one element, besides the element itself.
-TEMPORARY_BYTES = 15
+TEMPORARY_BYTES = 14
 
 
 def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
