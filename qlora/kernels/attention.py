@@ -226,7 +226,8 @@ class _Documents:
 
         They are contiguous, unless they are all tokens of the batch as they are.
         """
-        if self.length == tensor.shape[2] and len(self.places) == len(tensor):
+        whole = slice(0, tensor.shape[2])
+        if self.length == whole.stop and self.places == [(row, whole) for row in range(len(tensor))]:
             return tensor
         taken = tensor.new_empty(len(self.places), tensor.shape[1], self.length, tensor.shape[3])
         for document, (row, tokens) in zip(taken, self.places, strict=True):
