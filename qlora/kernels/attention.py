@@ -1,7 +1,8 @@
 """Causal attention on a CPU as products of blocks of queries with the keys that they see.
 
 torch's own kernel for CPUs computes its products at a lower rate than matrix products reach. These are matrix products,
-in the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them.
+in the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them. Where torch's kernel
+computes in AMX's tiles, which only its forward does, the forward is left to it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,14 @@ def takes_blocks(lengths: Sequence[int], device: torch.device) -> bool:
     if device.type == "cpu" and has_tiles() and sum(lengths) > MAX_MEAN_WITH_TILES * len(lengths):
         return False
     return max(lengths, default=0) <= MAX_LENGTH
+
+
+def describe_blocks() -> str:
+    """Return what computes attention in bf16 on this machine's CPU, for reports."""
+    if has_tiles():
+        most = f"up to {MAX_MEAN_WITH_TILES:,} tokens in the mean"
+        return f"torch's kernel, and products of blocks backward for documents of {most}"
+    return f"products of blocks to {MAX_LENGTH:,} tokens"
 
 
 def causal_attention(
@@ -257,5 +266,5 @@ def _together(lengths: Sequence[int], query: torch.Tensor) -> Iterator[_Document
 
 
 def _takes_torch(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
-    """Return whether the forward is left to torch's kernel, which is faster where it computes in AMX's tiles."""
+    """Return whether the forward is left to torch's kernel."""
     return window is None and query.shape[3] == value.shape[3] and query.dtype == torch.bfloat16 and has_tiles()
