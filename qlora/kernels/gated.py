@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Parts of the rows that are activated one after the other when gradients are overwritten.
+# Parts of the features that are activated one after the other when gradients are overwritten.
 PARTS = 8
 # Each activation with the operation that writes its input gradient into `grad_input`.
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
@@ -61,7 +61,6 @@ class GatedProduct:
             return grad_gate, activate(gate).mul_(grad_output)
         # In parts, because the whole activation would be another tensor of this size; on contiguous copies, because
         # torch's GELU for non-contiguous tensors differs in some bits.
-        rows = (tensor.flatten(0, -2).chunk(PARTS) for tensor in (grad_output, gate))
-        for grad_up, part in zip(*rows, strict=True):
+        for grad_up, part in zip(grad_output.chunk(PARTS, dim=-1), gate.chunk(PARTS, dim=-1), strict=True):
             grad_up.mul_(activate(part.contiguous()))
         return grad_gate, grad_output
