@@ -1,10 +1,11 @@
 """Causal attention on a CPU as products of blocks of queries with the keys that they see.
 
 torch's own kernel for CPUs computes its products at a lower rate than matrix products reach. These are matrix products,
-in the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them.
+in the dtype of the inputs; scores are rounded to it, as transformers' eager attention rounds them. Where torch's kernel
+computes in AMX's tiles, which only its forward does, the forward is left to it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Number of queries of a block: few enough that little is computed of the scores that the causal mask hides.
-BLOCK = 128
+# Number of queries of a block: few enough that little is computed of the scores that the causal mask hides. With AMX,
+# products are so fast that larger ones are worth it.
+BLOCK, BLOCK_WITH_TILES = 128, 256
 # Documents are padded to multiples of it. For each new size oneDNN compiles code and keeps it, so lengths that are all
 # different would take seconds and gigabytes.
 PAD_TO = 32
 # Number of scores that are computed at a time, unless those of one key head and a block of queries are more.
 TILE = 1 << 20
+# Number of the queries' features that are computed at a time, unless one document has more.
+TOGETHER = 1 << 20
 # Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast.
 MAX_LENGTH = 4096
 # Mean length of documents up to which they are faster as blocks where torch's kernel computes in AMX's tiles, as
@@ -40,6 +44,14 @@ def takes_blocks(lengths: Sequence[int], device: torch.device) -> bool:
     if device.type == "cpu" and has_tiles() and sum(lengths) > MAX_MEAN_WITH_TILES * len(lengths):
         return False
     return max(lengths, default=0) <= MAX_LENGTH
+
+
+def describe_blocks() -> str:
+    """Return what computes attention in bf16 on this machine's CPU, for reports."""
+    if has_tiles():
+        most = f"up to {MAX_MEAN_WITH_TILES:,} tokens in the mean"
+        return f"torch's kernel, and products of blocks backward for documents of {most}"
+    return f"products of blocks to {MAX_LENGTH:,} tokens"
 
 
 def causal_attention(
@@ -85,12 +97,18 @@ def _forward(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    output = _like_output(query, key, value)
-    for own, q, k, v in _documents(lengths, query * scale, key, value):
-        attended = q.new_empty(*q.shape[:3], v.shape[2])
-        for tile in _tiles(q, window):
-            attended[tile.heads, :, tile.queries] = tile.split(tile.weights(q, k) @ tile.seen(v))
-        _write(attended, own(output.transpose(1, 2)))
+    output, groups = _like_output(query, key, value), query.shape[1] // key.shape[1]
+    for documents in _together(lengths, query):
+        q, k, v = map(documents.take, (query, key, value))
+        if _takes_torch(q, v, window):
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        else:
+            attended = q.new_empty(*q.shape[:3], v.shape[3])
+            q, by_head = (each.unflatten(1, (-1, groups)).flatten(0, 1) for each in (q * scale, attended))
+            q, k, v = q.contiguous(), k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
+            for tile in _tiles(q, window):
+                by_head[tile.heads, :, tile.queries] = tile.split(tile.weights(q, k) @ tile.seen(v))
+        documents.put(attended, output.transpose(1, 2))
     return output
 
 
@@ -104,9 +122,13 @@ def _backward(
     scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    for own, q, k, v in _documents(lengths, query * scale, key, value):
-        grad, scaled, grad_q = _padded(own(grad_output.transpose(1, 2))), k * scale, torch.empty_like(q)
+    grads, groups = [torch.empty_like(tensor) for tensor in (query, key, value)], query.shape[1] // key.shape[1]
+    for documents in _together(lengths, query):
+        taken = (documents.take(tensor) for tensor in (query, grad_output.transpose(1, 2)))
+        q, grad = (each.unflatten(1, (-1, groups)).flatten(0, 1).contiguous() for each in taken)
+        k, v = (documents.take(tensor).flatten(0, 1).contiguous() for tensor in (key, value))
+        q, scaled = q * scale, k * scale
+        grad_q = torch.empty_like(q)
         # Sums over tiles, in which 16 bits would round each term.
         sum_k, sum_v = (torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in (k, v))
         for tile in _tiles(q, window):
@@ -115,8 +137,8 @@ def _backward(
             grad_scores = torch._softmax_backward_data(rows @ tile.seen(v).mT, weights, -1, q.dtype)
             grad_q[tile.heads, :, tile.queries] = tile.split(grad_scores @ tile.seen(scaled))
             tile.seen(sum_k).add_(grad_scores.mT @ tile.take(q))
-        for computed, result in zip((grad_q, sum_k.unsqueeze(1), sum_v.unsqueeze(1)), grads, strict=True):
-            _write(computed, own(result))
+        for computed, result in zip((grad_q, sum_k, sum_v), grads, strict=True):
+            documents.put(computed, result)
     return grads[0], grads[1], grads[2]
 
 
@@ -176,8 +198,7 @@ class _Tile:
         scores = self.take(q) @ self.seen(k).mT
         first, stop, start = self.queries.start, self.queries.stop, self.keys.start
         by_query = self.split(scores)
-        is_later = torch.ones(stop - first, stop - first, dtype=torch.bool, device=q.device).triu_(1)
-        by_query[..., first - start :].masked_fill_(is_later, -torch.inf)
+        by_query[..., first - start :].add_(q.new_full((stop - first, stop - first), -torch.inf).triu_(1))
         if self.window is not None and start < stop - self.window:  # the last query does not see the first keys
             keys = torch.arange(start, stop - self.window, device=q.device)
             is_before = keys <= torch.arange(first, stop, device=q.device)[:, None] - self.window
@@ -186,40 +207,64 @@ class _Tile:
 
 
 def _tiles(q: torch.Tensor, window: int | None) -> Iterator[_Tile]:
-    """Yield the tiles of a document's queries, (key heads, groups, length, head_dim)."""
+    """Yield the tiles of documents' queries, (key heads, groups, length, head_dim)."""
     num_heads, groups, length, _ = q.shape
-    for first in range(0, length, BLOCK):
-        queries = slice(first, min(first + BLOCK, length))
+    block = BLOCK_WITH_TILES if has_tiles() else BLOCK
+    for first in range(0, length, block):
+        queries = slice(first, min(first + block, length))
         keys = slice(0 if window is None else max(0, first + 1 - window), queries.stop)
         step = max(1, TILE // (groups * (queries.stop - first) * (keys.stop - keys.start)))
         for head in range(0, num_heads, step):
             yield _Tile(slice(head, min(head + step, num_heads)), queries, keys, window)
 
 
-def _documents(
-    lengths: Sequence[int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield each document's queries, (kv_heads, groups, padded length, head_dim), its keys and its values.
+@dataclass(frozen=True, slots=True)
+class _Documents:
+    """Documents that are computed together, because they have the same length with zeros after them.
 
-    With them comes a function that returns the document's view of a tensor of (batch, heads, seq, width), in the shape
-    of the queries, without padding.
+    Attributes:
+        places: Row of the batch and tokens of each.
+        length: Their length with the zeros, which no token of them sees.
     """
-    kv_heads = key.shape[1]
-    for row in range(len(query)):
-        for stop, length in zip(accumulate(lengths), lengths, strict=True):
 
-            def own(tensor: torch.Tensor, row: int = row, place: slice = slice(stop - length, stop)) -> torch.Tensor:
-                return tensor[row, :, place].unflatten(0, (kv_heads, -1))
+    places: Sequence[tuple[int, slice]]
+    length: int
 
-            q, k, v = (_padded(own(tensor)) for tensor in (query, key, value))
-            yield own, q, k.squeeze(1), v.squeeze(1)
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return their tokens of (batch, heads, seq, width), as (documents, heads, length, width).
+
+        They are contiguous, unless they are all tokens of the batch as they are.
+        """
+        whole = slice(0, tensor.shape[2])
+        if self.length == whole.stop and self.places == [(row, whole) for row in range(len(tensor))]:
+            return tensor
+        taken = tensor.new_empty(len(self.places), tensor.shape[1], self.length, tensor.shape[3])
+        for document, (row, tokens) in zip(taken, self.places, strict=True):
+            number = tokens.stop - tokens.start
+            document[:, :number] = tensor[row, :, tokens]
+            document[:, number:] = 0
+        return taken
+
+    def put(self, computed: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Write what was computed of their heads, contiguous, to their tokens of (batch, heads, seq, width)."""
+        of_documents = computed.view(len(self.places), tensor.shape[1], self.length, tensor.shape[3])
+        for document, (row, tokens) in zip(of_documents, self.places, strict=True):
+            tensor[row, :, tokens] = document[:, : tokens.stop - tokens.start]
 
 
-def _padded(document: torch.Tensor) -> torch.Tensor:
-    """Return a document with zeros after it, which no token of it sees."""
-    return F.pad(document, (0, 0, 0, -document.shape[-2] % PAD_TO)).contiguous()
+def _together(lengths: Sequence[int], query: torch.Tensor) -> Iterator[_Documents]:
+    """Yield documents that are computed together: few calls for many short ones, and little memory for long ones."""
+    batch, heads, _, width = query.shape
+    by_length: dict[int, list[tuple[int, slice]]] = {}
+    for stop, length in zip(accumulate(lengths), lengths, strict=True):
+        places = by_length.setdefault(length + -length % PAD_TO, [])
+        places += ((row, slice(stop - length, stop)) for row in range(batch))
+    for length, places in by_length.items():
+        step = max(1, TOGETHER // (heads * length * width))
+        for first in range(0, len(places), step):
+            yield _Documents(places[first : first + step], length)
 
 
-def _write(computed: torch.Tensor, document: torch.Tensor) -> None:
-    """Write what was computed for a padded document to its view."""
-    document.copy_(computed[:, :, : document.shape[2]])
+def _takes_torch(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+    """Return whether the forward is left to torch's kernel."""
+    return window is None and query.shape[3] == value.shape[3] and query.dtype == torch.bfloat16 and has_tiles()

@@ -11,7 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from qlora.kernels.dequantize import HAS_TRITON, is_traced
 from qlora.kernels.fused import describe_failure
-from qlora.kernels.head import Head, apply_norm, default_chunk, scale_gradients, slope_of, transform_logits
+from qlora.kernels.head import (
+    Head,
+    apply_norm,
+    default_chunk,
+    fp32_blocks,
+    fp32_buffer,
+    scale_gradients,
+    slope_of,
+    transform_logits,
+)
 from qlora.kernels.simulated import device_of
 
 _logger = logging.getLogger(__name__)
@@ -151,60 +160,28 @@ class _LinearTokenLoss(torch.autograd.Function):
         # One pair of buffers for all chunks: on a CPU, fresh memory costs more than the arithmetic done in it.
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
         # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
-        is_frozen = not any(ctx.needs_input_grad[-len(weights) :])
+        is_trained = any(ctx.needs_input_grad[-len(weights) :])
         options = (logit_scale, softcap, row_weights is not None, label_smoothing, by_probability, needs_grad)
         variant = Variant(device_of(hidden), hidden.dtype, head.size, *options)
-        is_fused = is_frozen and not is_traced(hidden)
+        is_fused = not is_trained and not is_traced(hidden)
         is_fused = is_fused and unfused_reason(variant, try_kernel=not hidden.is_meta) is None
-        in_place = is_fused or hidden.dtype == torch.float32
-        all_logits = products if in_place else torch.empty_like(products, dtype=torch.float32)
+        in_fp32 = None if is_fused else fp32_buffer(products, is_trained)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
-            if is_fused:
-                weights_here = None if row_weights is None else row_weights[rows]
-                losses, plain_losses = _fused_losses_(
-                    product, labels[rows], logit_scale, softcap, weights_here, label_smoothing, by_probability,
-                    needs_grad,
-                )  # fmt: skip
-                total += losses.sum()
-                plain += plain_losses.sum()
-                if grad_hidden is not None:
-                    head.go_back(product, inputs, normed, grad_hidden[rows], product)
-                continue
-            logits = transform_logits(all_logits[: len(normed)].copy_(product), logit_scale, softcap)
-            places = labels[rows, None]
-            of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
-            means = logits.mean(dim=1) if label_smoothing else None
-            slope = None if softcap is None or not needs_grad else slope_of(logits, softcap)
-            exponentials = logits.sub_(largest).exp_()
-            sums = exponentials.sum(dim=1, keepdim=True)
-            norms = (largest + sums.log()).squeeze(1)
-            losses = norms - of_labels.squeeze(1)
             weights_here = None if row_weights is None else row_weights[rows]
-            plain += losses.sum() if weights_here is None else losses @ weights_here
-            if by_probability:
-                probabilities = losses.neg().exp()
-                weights_here = probabilities if weights_here is None else probabilities * weights_here
-            if means is not None:
-                losses = losses.mul_(1 - label_smoothing).add_(norms - means, alpha=label_smoothing)
-            total += losses.sum() if weights_here is None else losses @ weights_here
-            if not needs_grad:
-                continue
-            grad_logits = exponentials.div_(sums)
-            if label_smoothing:
-                grad_logits.sub_(label_smoothing / head.size)
-            grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), label_smoothing - 1).expand(places.shape))
-            if slope is not None:
-                grad_logits.mul_(slope)
-                del slope  # before the next chunk's is allocated
-            if logit_scale != 1.0:
-                grad_logits.mul_(logit_scale)
-            if weights_here is not None:
-                grad_logits.mul_(weights_here[:, None])
-            head.go_back(grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], product)
+            arguments = (logit_scale, softcap, weights_here, label_smoothing, by_probability, needs_grad)
+            if in_fp32 is None:
+                losses, plain_losses = _fused_losses_(product, labels[rows], *arguments)
+            else:
+                losses, plain_losses = _token_losses_(product, in_fp32, labels[rows], *arguments)
+            total += losses.sum()
+            plain += plain_losses.sum()
+            if needs_grad:
+                exact = in_fp32[: len(product)] if in_fp32 is not None and is_trained else None
+                head.go_back(product, inputs, normed, None if grad_hidden is None else grad_hidden[rows], exact)
         ctx.save_for_backward(grad_hidden, *head.grads)
         ctx.mark_non_differentiable(plain)
         return total, plain
@@ -214,6 +191,66 @@ class _LinearTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _grad_plain: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *grads = scale_gradients(ctx.saved_tensors, grad_loss)
         return grad_hidden, *(None,) * 9, *grads
+
+
+def _token_losses_(
+    product: torch.Tensor,
+    in_fp32: torch.Tensor,
+    labels: torch.Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    row_weights: torch.Tensor | None,
+    label_smoothing: float,
+    by_probability: bool,
+    needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute what the kernel does; if one block is the whole chunk, the gradient of its logits is in `in_fp32` too.
+
+    Args:
+        product: (rows, vocabulary).
+        in_fp32: See :func:`qlora.kernels.head.fp32_buffer`.
+        labels: See :func:`qlora.kernels.cross_entropy_triton.token_losses_triton_`, as the arguments that follow.
+        logit_scale: Factor on the logits.
+        softcap: Soft cap of the logits.
+        row_weights: Weight of each row.
+        label_smoothing: Share of each target that is spread evenly.
+        by_probability: Whether each row's loss is multiplied by the probability of its label.
+        needs_grad: Whether the gradient is computed.
+    """
+    losses, plain = torch.empty(2, len(product), dtype=torch.float32, device=product.device)
+    for rows, values in fp32_blocks(product, in_fp32):
+        logits, places = transform_logits(values, logit_scale, softcap), labels[rows, None]
+        of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
+        means = logits.mean(dim=1) if label_smoothing else None
+        slope = None if softcap is None or not needs_grad else slope_of(logits, softcap)
+        exponentials = logits.sub_(largest).exp_()
+        sums = exponentials.sum(dim=1, keepdim=True)
+        norms = (largest + sums.log()).squeeze(1)
+        own = norms - of_labels.squeeze(1)
+        factors = None if row_weights is None else row_weights[rows]
+        plain[rows] = own if factors is None else own * factors
+        if by_probability:
+            probabilities = own.neg().exp()
+            factors = probabilities if factors is None else probabilities * factors
+        if means is not None:
+            own = own.mul_(1 - label_smoothing).add_(norms - means, alpha=label_smoothing)
+        losses[rows] = own if factors is None else own * factors
+        if not needs_grad:
+            continue
+        grad_logits = exponentials.div_(sums)
+        if label_smoothing:
+            grad_logits.sub_(label_smoothing / product.shape[1])
+        grad_logits.scatter_add_(1, places, grad_logits.new_full((1, 1), label_smoothing - 1).expand(places.shape))
+        if slope is not None:
+            grad_logits.mul_(slope)
+            del slope  # before the next block's is allocated
+        if logit_scale != 1.0:
+            grad_logits.mul_(logit_scale)
+        if factors is not None:
+            grad_logits.mul_(factors[:, None])
+        if product.dtype != grad_logits.dtype:
+            product[rows] = grad_logits
+    return losses, plain
 
 
 def _fused_losses_(logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,6 @@ evaluated.
 """
 
 import torch
-import torch.nn.functional as F
 
 MULTIPLE = 32
 
@@ -20,4 +19,4 @@ def fill_up_rows(rows: torch.Tensor) -> torch.Tensor:
     if rows.device.type != "cpu" or len(rows) < MULTIPLE:
         return rows
     missing = -len(rows) % MULTIPLE
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows

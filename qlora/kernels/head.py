@@ -1,15 +1,20 @@
 """An output head in blocks of rows, whose logits are computed in chunks and never for a whole batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 
-# Logits held at a time, in elements. On a CPU they stay in the caches from pass to pass (docs/benchmarks/loss.md). On a
-# GPU they are whole rows: a multiple of what a product's tile has, and enough of them that the head is read few times,
-# unless they would take more than this share of the memory.
-CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 23
+from qlora.kernels.simulated import device_of
+
+# Logits held at a time; on a CPU, bytes of their products. On a GPU they are whole rows: a multiple of what a product's
+# tile has, and enough of them that the head is read few times, unless they would take more than this share of the
+# memory.
+CHUNK_ELEMENTS, CHUNK_BYTES_CPU = 1 << 24, 1 << 24
 TILE_ROWS, ENOUGH_ROWS, MEMORY_SHARE = 128, 512, 1 / 64
+# Logits in fp32 that each thread of a CPU works on at a time: from pass to pass they stay in a core's cache
+# (docs/benchmarks/loss.md).
+BLOCK_ELEMENTS_CPU = 1 << 18
 # Memory of a GPU that is not in this machine.
 ASSUMED_MEMORY = 24 << 30
 # On the meta device; a prime, so that memory estimates don't take a chunk of logits for a matrix of the model.
@@ -25,26 +30,58 @@ def default_chunk(device: torch.device, size: int, dtype: torch.dtype) -> int:
         dtype: Dtype of the products.
     """
     if device.type == "cpu":
-        return CHUNK_ELEMENTS_CPU
+        return CHUNK_BYTES_CPU // dtype.itemsize
     if device.type == "meta":
         return META_ROWS * size
     memory = ASSUMED_MEMORY
     if device.type == "cuda" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(device).total_memory
-    affordable = min(ENOUGH_ROWS, int(memory * MEMORY_SHARE) // (bytes_per_logit(dtype) * size))
+    affordable = min(ENOUGH_ROWS, int(memory * MEMORY_SHARE) // (bytes_per_logit(device, dtype) * size))
     rows = max(affordable, CHUNK_ELEMENTS // size) // TILE_ROWS * TILE_ROWS
     return max(TILE_ROWS, rows) * size
 
 
-def bytes_per_logit(dtype: torch.dtype) -> int:
-    """Return the bytes that plain torch holds for a logit, without a soft cap: one in fp32, and products in 16 bits.
+def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the bytes that plain torch holds for a logit of a chunk, with a frozen head and without a soft cap.
 
-    A kernel that overwrites the products holds fewer.
+    These are products in 16 bits and, unless it is computed in blocks as on a CPU, one logit in fp32. A kernel that
+    overwrites the products holds fewer.
 
     Args:
+        device: The device.
         dtype: Dtype of the products.
     """
-    return 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    return dtype.itemsize if dtype == torch.float32 or device.type == "cpu" else 4 + dtype.itemsize
+
+
+def fp32_buffer(products: torch.Tensor, is_trained: bool) -> torch.Tensor:
+    """Return memory for :func:`fp32_blocks` of products.
+
+    Args:
+        products: (rows, size), the memory for the products of a chunk.
+        is_trained: Whether a block of the head is trained: its gradient takes those of all logits in fp32.
+    """
+    rows, size = products.shape
+    if not is_trained and device_of(products).type == "cpu":
+        rows = min(rows, max(1, BLOCK_ELEMENTS_CPU * torch.get_num_threads() // size))
+    if products.dtype == torch.float32:
+        return products[:rows]
+    return torch.empty(rows, size, dtype=torch.float32, device=products.device)
+
+
+def fp32_blocks(product: torch.Tensor, buffer: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the rows of each block of a chunk, and their products in fp32, which may be overwritten.
+
+    On the meta device one block stands for all, because they are in the same memory one after the other.
+
+    Args:
+        product: (rows, size), the products of a chunk.
+        buffer: See :func:`fp32_buffer`; products in fp32 are not copied to it.
+    """
+    for start in range(0, min(1, len(product)) if product.is_meta else len(product), len(buffer)):
+        rows = slice(start, start + len(buffer))
+        block = product[rows]
+        yield rows, block if block.dtype == torch.float32 else buffer[: len(block)].copy_(block)
 
 
 def transform_logits(logits: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
@@ -137,20 +174,21 @@ class Head:
         inputs: torch.Tensor,
         normed: torch.Tensor,
         grad_inputs: torch.Tensor | None,
-        product: torch.Tensor,
+        exact: torch.Tensor | None,
     ) -> None:
         """Compute a chunk's gradients: add those of the trained blocks, and write that of its inputs.
 
         Args:
-            grad_logits: (rows, size), fp32; or `product` itself, if no block is trained.
+            grad_logits: (rows, size), in the dtype of the products.
             inputs: See :func:`apply_norm`, as `normed`.
             normed: Hidden states that the logits were computed from, (rows, features).
             grad_inputs: (rows, features), written; None if it is not needed.
-            product: Memory for the logits' gradient in the dtype of the products, (rows, size).
+            exact: The gradient of the logits in fp32; None if no block is trained.
         """
-        self.add_grad(grad_logits, normed.detach())
+        if exact is not None:
+            self.add_grad(exact, normed.detach())
         if grad_inputs is not None:
-            self.multiply_back(product if grad_logits is product else product.copy_(grad_logits), grad_inputs)
+            self.multiply_back(grad_logits, grad_inputs)
             if normed is not inputs:
                 (grad,) = torch.autograd.grad(normed, inputs, grad_inputs)
                 grad_inputs.copy_(grad)

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qlora.kernels.head import Head, apply_norm, bytes_per_logit, default_chunk, scale_gradients, transform_logits
+from qlora.kernels.simulated import device_of
 
 # Bytes of a logit in fp32 at a chunk's peak: four buffers. One more is in the compute dtype.
 FP32_BYTES = 16
@@ -49,7 +50,9 @@ def linear_kl_divergence(
     chunk = chunk_elements
     if chunk is None:
         of_cross_entropy = default_chunk(hidden.device, sum(map(len, blocks)), hidden.dtype)
-        chunk = of_cross_entropy * bytes_per_logit(hidden.dtype) // (FP32_BYTES + hidden.dtype.itemsize)
+        chunk = (
+            of_cross_entropy * bytes_per_logit(device_of(hidden), hidden.dtype) // (FP32_BYTES + hidden.dtype.itemsize)
+        )
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     base = base_hidden.detach(), tuple(block.detach() for block in base_weight)
@@ -75,6 +78,7 @@ class _LinearKL(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
+        is_trained = any(ctx.needs_input_grad[-len(weights) :])
         base_head = Head(base_weights, bias, hidden.dtype, [False] * len(base_weights))
         chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
@@ -104,9 +108,9 @@ class _LinearKL(torch.autograd.Function):
                 grad_logits.mul_(logit_scale)
             if row_weights is not None:
                 grad_logits.mul_(row_weights[rows, None])
-            head.go_back(
-                grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], products[: len(normed)]
-            )
+            product = products[: len(normed)].copy_(grad_logits)
+            exact = grad_logits if is_trained else None
+            head.go_back(product, inputs, normed, None if grad_hidden is None else grad_hidden[rows], exact)
 
         for start in range(0, hidden.shape[0], chunk):
             add(slice(start, start + chunk))

@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qlora.kernels.head import Head, apply_norm, default_chunk, slope_of, transform_logits
+from qlora.kernels.head import (
+    Head,
+    apply_norm,
+    default_chunk,
+    fp32_blocks,
+    fp32_buffer,
+    slope_of,
+    transform_logits,
+)
 
 
 def linear_log_probs(
@@ -60,14 +68,15 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, labels, *weights)
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         head = Head(weights, bias, hidden.dtype, [False] * len(weights))
-        for rows, product in _chunks(hidden, head, chunk_elements):
+        for rows, product, in_fp32 in _chunks(hidden, head, chunk_elements, is_trained=False):
             _, normed = apply_norm(hidden[rows], norm, False)
             head.multiply(normed.detach(), product)
-            logits = transform_logits(product.float(), logit_scale, softcap)
-            result[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
-            largest = logits.amax(dim=1, keepdim=True)
-            result[rows] -= (largest + logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log()).squeeze(1)
-            del logits  # before the next chunk's are allocated
+            places, found = labels[rows, None], result[rows]
+            for own, values in fp32_blocks(product, in_fp32):
+                logits = transform_logits(values, logit_scale, softcap)
+                found[own] = logits.gather(1, places[own]).squeeze(1)
+                largest = logits.amax(dim=1, keepdim=True)
+                found[own] -= (largest + logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log()).squeeze(1)
         return result
 
     @staticmethod
@@ -77,27 +86,36 @@ class _LinearLogProbs(torch.autograd.Function):
         bias, logit_scale, softcap, norm, chunk_elements = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
-        for rows, product in _chunks(hidden, head, chunk_elements):
+        is_trained = any(ctx.needs_input_grad[-len(weights) :])
+        for rows, product, in_fp32 in _chunks(hidden, head, chunk_elements, is_trained):
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             head.multiply(normed.detach(), product)
-            logits = transform_logits(product.float(), logit_scale, softcap)
-            slope = None if softcap is None else slope_of(logits, softcap)
-            grad_logits = logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
-            grad_logits.div_(-grad_logits.sum(dim=1, keepdim=True))
-            places = labels[rows, None]
-            grad_logits.scatter_add_(1, places, grad_logits.new_ones((1, 1)).expand(places.shape))
-            if slope is not None:
-                grad_logits.mul_(slope)
-            grad_logits.mul_(logit_scale * grad_output[rows, None])
-            head.go_back(grad_logits, inputs, normed, None if grad_hidden is None else grad_hidden[rows], product)
-            del logits, grad_logits, slope  # before the next chunk's are allocated
+            places, factors = labels[rows, None], logit_scale * grad_output[rows, None]
+            for own, values in fp32_blocks(product, in_fp32):
+                logits = transform_logits(values, logit_scale, softcap)
+                slope = None if softcap is None else slope_of(logits, softcap)
+                grad_logits = logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
+                grad_logits.div_(-grad_logits.sum(dim=1, keepdim=True))
+                ones = grad_logits.new_ones((1, 1)).expand(places[own].shape)
+                grad_logits.scatter_add_(1, places[own], ones)
+                if slope is not None:
+                    grad_logits.mul_(slope)
+                    del slope  # before the next block's is allocated
+                grad_logits.mul_(factors[own])
+                if product.dtype != grad_logits.dtype:
+                    product[own] = grad_logits
+            exact = in_fp32[: len(product)] if is_trained else None
+            head.go_back(product, inputs, normed, None if grad_hidden is None else grad_hidden[rows], exact)
         return grad_hidden, *(None,) * 6, *head.grads
 
 
-def _chunks(hidden: torch.Tensor, head: Head, chunk_elements: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the rows of each chunk, with memory for its logits in the compute dtype."""
+def _chunks(
+    hidden: torch.Tensor, head: Head, chunk_elements: int, is_trained: bool
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield the rows of each chunk, memory for its products with the head, and memory for blocks of logits in fp32."""
     size = min(max(1, chunk_elements // head.size), max(1, len(hidden)))
     products = torch.empty(size, head.size, dtype=hidden.dtype, device=hidden.device)
+    in_fp32 = fp32_buffer(products, is_trained)
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))
-        yield rows, products[: rows.stop - start]
+        yield rows, products[: rows.stop - start], in_fp32

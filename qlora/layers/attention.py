@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.kernels import causal_attention
-from qlora.kernels.attention import MAX_LENGTH, takes_blocks
+from qlora.kernels.attention import describe_blocks, takes_blocks
 from qlora.layers.sinks import (
     attend_with_sinks,
     has_sinks,
@@ -56,7 +56,7 @@ def use_document_attention(model: Any) -> tuple[str, str | None]:
         kernel = describe_kernel(model)
     else:
         by_blocks = _takes_blocks(model, has_sinks(model))
-        kernel = f"products of blocks to {MAX_LENGTH:,} tokens" if by_blocks else "a document at a time"
+        kernel = describe_blocks() if by_blocks else "a document at a time"
     return f"{current} by documents ({kernel})", None
 
 

@@ -3,7 +3,7 @@
 import torch
 
 # Temporary bytes for rounding one element, besides the element itself.
-TEMPORARY_BYTES = 15
+TEMPORARY_BYTES = 14
 
 
 def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -23,4 +23,4 @@ def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.
     # bf16 is the upper half of fp32: noise below it carries into that half in proportion to what is cut off.
     bits = values.view(torch.int32).add(noise).bitwise_and_(-65536)
     # CUDA's NaN has all bits set, and would wrap around to -0.
-    return torch.where(values.isfinite(), bits.view(torch.float32), values).to(torch.bfloat16)
+    return torch.where(values.isnan(), values, bits.view(torch.float32)).to(torch.bfloat16)

@@ -40,12 +40,17 @@ def draw(generator):
     return drawn
 
 
-@pytest.mark.parametrize("tile", [attention.TILE, 5_000], ids=["whole", "small tiles"])
+@pytest.mark.parametrize("has_tiles", [False, True])
+@pytest.mark.parametrize(
+    ("tile", "together"), [(attention.TILE, attention.TOGETHER), (5_000, 0)], ids=["large tiles", "small tiles"]
+)
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "lengths", "head_dim", "width", "scale", "window"), SHAPES)
 def test_outputs_and_gradients_are_those_of_the_formula(
-    batch, heads, kv_heads, lengths, head_dim, width, scale, window, tile, draw, monkeypatch
+    batch, heads, kv_heads, lengths, head_dim, width, scale, window, tile, together, has_tiles, draw, monkeypatch
 ):
     monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "TOGETHER", together)
+    monkeypatch.setattr(attention, "has_tiles", lambda: has_tiles)
     inputs, grad = draw(batch, heads, kv_heads, lengths, head_dim, width)
     found = causal_attention(*inputs, lengths, scale, window)
     expected = reference(*inputs, lengths, window, scale)
@@ -54,7 +59,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_in_bf16_it_is_as_close_to_the_formula_as_its_roundings(draw):
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_in_bf16_it_is_as_close_to_the_formula_as_its_roundings(has_tiles, draw, monkeypatch):
+    monkeypatch.setattr(attention, "has_tiles", lambda: has_tiles)
     inputs, grad = draw(1, 8, 4, [300, 40], 64, 64, dtype=torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     found, expected = causal_attention(*inputs, [300, 40]), reference(*exact, [300, 40])
@@ -66,12 +73,14 @@ def test_in_bf16_it_is_as_close_to_the_formula_as_its_roundings(draw):
         assert (one.double() - other).norm() < 2 * torch.finfo(torch.bfloat16).eps * other.norm()
 
 
-def test_a_document_depends_on_no_other(draw):
-    lengths = [140, 30]
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_a_document_depends_on_no_other(has_tiles, draw, monkeypatch):
+    monkeypatch.setattr(attention, "has_tiles", lambda: has_tiles)
+    lengths, places = [140, 30, 150], (slice(0, 140), slice(140, 170), slice(170, 320))  # two are computed together
     inputs, grad = draw(1, 4, 2, lengths, 16, 16, dtype=torch.bfloat16)
     together = causal_attention(*inputs, lengths)
     grads = torch.autograd.grad(together, inputs, grad)
-    for number, place in enumerate((slice(0, 140), slice(140, 170))):
+    for number, place in enumerate(places):
         own = [tensor.detach()[:, :, place].requires_grad_() for tensor in inputs]
         alone = causal_attention(*own)
         assert torch.equal(together[:, place], alone), number

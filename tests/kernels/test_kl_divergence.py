@@ -100,7 +100,11 @@ def test_only_hidden_states_are_saved(generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_chunk_takes_as_many_bytes_as_one_of_the_cross_entropy(softcap, dtype):
-    vocabulary, features, of_cross_entropy = 3_000, 1, 521 * bytes_per_logit(dtype)  # rows of a chunk
+    vocabulary, features, of_cross_entropy = (
+        3_000,
+        1,
+        521 * bytes_per_logit(torch.device("meta"), dtype),
+    )  # rows of a chunk
     weight = torch.empty(vocabulary, features, dtype=dtype, device="meta")
 
     def peak(rows):

@@ -1,0 +1,34 @@
+"""Freed memory goes back to the system while a base is loaded, and stays with the process afterwards."""
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, because these settings can't be read, and are kept until it ends.
+FAULTS = """
+import ctypes, resource
+from qlora.model.host_memory import returned_to_system
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    address = libc.malloc(24 << 20)
+    ctypes.memset(address, 1, 24 << 20)
+    libc.free(address)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with returned_to_system():
+    within = [pages(), pages()]
+print(*within, pages(), pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is tested")
+def test_memory_is_returned_within_and_kept_afterwards():
+    output = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    first, second, third, fourth = map(int, output.split())
+    assert min(first, second, third) > 5
+    assert fourth < 5
