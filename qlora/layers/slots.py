@@ -23,7 +23,7 @@ class PackedWeight(Protocol):
 
     @property
     def packed(self) -> list[torch.Tensor]:
-        """The tensors that hold it, there until other weights are read."""
+        """The tensors that hold it."""
 
     def use_packed(self, tensors: Sequence[torch.Tensor]) -> None:
         """Use other tensors in their place."""

@@ -84,7 +84,9 @@ def has_codes(start: LayerStart, packed: torch.Tensor) -> bool:
 
 def codes_of(layer: Any) -> torch.Tensor:
     """Return the weight of a layer as it is held, to be read before another layer's."""
-    return layer.packed[0] if isinstance(layer, NF4Linear | NF4Experts) else layer.weight
+    if isinstance(layer, NF4Linear | NF4Experts):
+        layer.ensure_present()
+    return layer.weight
 
 
 def codes_digest(packed: torch.Tensor) -> torch.Tensor:

@@ -143,8 +143,7 @@ class NF4Linear(nn.Module):
 
     @property
     def packed(self) -> list[torch.Tensor]:
-        """The codes and their statistics, there until other weights are read; :meth:`use_packed` replaces them."""
-        self.ensure_present()
+        """The codes and their statistics, which :meth:`use_packed` replaces."""
         return [self.weight.data, *self.statistics]
 
     def use_packed(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -183,6 +183,7 @@ def test_pieces_are_the_bytes_of_the_layer():
     assert not layer.packed.uses(content.clone())  # as if it had come to other memory
     layer.packed.fetch_by(lambda: reads.append(1))
     for linear, tensors in zip(linears, wanted, strict=True):
+        linear.ensure_present()
         assert all(map(torch.equal, linear.packed, tensors))
     assert reads == [1, 1]
 
