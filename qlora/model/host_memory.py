@@ -56,3 +56,10 @@ def _free_bytes() -> int:
     # Pages of files that were read are given up when memory is needed.
     own = int(used) - int(statistics.get("inactive_file", 0))
     return available if limit == "max" else max(0, min(available, int(limit) - own))
+
+
+def return_freed_memory() -> None:
+    """Return freed memory that this process keeps to the system, where the C library can, as glibc can."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

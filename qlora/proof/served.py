@@ -21,6 +21,7 @@ from qlora.export.merged import Merged
 from qlora.files.atomic import free_bytes, space_left
 from qlora.files.shards import TensorLayout
 from qlora.model import AdapterSource, BaseWeights, end_token_ids, load_adapted, load_base, resolve_device
+from qlora.model.host_memory import return_freed_memory
 from qlora.own_process import KilledProcessError
 from qlora.proof.engines import CONTEXT, ENGINES, Engine, Prompt, Release, Reply, greedy
 from qlora.proof.predictions import PROMPTS
@@ -277,6 +278,7 @@ def _load_release(source: AdapterSource, merged: Merged, device: str) -> Any:
 
 
 def _free() -> None:
-    """Free the memory of a model that is gone, for the next one."""
+    """Free the memory of a model that is gone, for the next one, which may be in another process."""
     gc.collect()
     torch.cuda.empty_cache()
+    return_freed_memory()

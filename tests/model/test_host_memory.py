@@ -1,9 +1,14 @@
-"""Freed memory goes back to the system while a base is loaded, and stays with the process afterwards."""
+"""Freed memory goes back to the system while a base is loaded and on request, and stays with the process otherwise."""
 
+import ctypes
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from qlora.model.host_memory import return_freed_memory
 
 # In a process of its own, because these settings can't be read, and are kept until it ends.
 FAULTS = """
@@ -32,3 +37,22 @@ def test_memory_is_returned_within_and_kept_afterwards():
     first, second, third, fourth = map(int, output.split())
     assert min(first, second, third) > 5
     assert fourth < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is tested")
+def test_freed_memory_between_what_stays_is_returned():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    size = 64 << 10
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    *addresses, end_of_heap = (libc.malloc(size) for _ in range(1000))
+    for address in addresses:
+        ctypes.memset(address, 1, size)
+        libc.free(address)
+    kept = resident()
+    return_freed_memory()
+    returned = kept - resident()
+    libc.free(end_of_heap)
+    assert returned * os.sysconf("SC_PAGE_SIZE") > 900 * size
