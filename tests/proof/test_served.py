@@ -4,17 +4,19 @@ import json
 import signal
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from qlora.config import load_config
 from qlora.errors import ExportError
 from qlora.export import merge
 from qlora.export.merged import read_merged
 from qlora.model import open_source
-from qlora.own_process import call_in_own_process
+from qlora.own_process import KilledProcessError
 from qlora.proof import engines, verify
-from qlora.proof.engines import ENGINES, Engine
+from qlora.proof.engines import ENGINES, Engine, Prompt, Release, Reply, cache_bytes
 from qlora.proof.served import serve
 from qlora.training import train
 from tests.cli import run as run_command
@@ -80,12 +82,19 @@ def test_a_client_that_fails_is_no_mismatch(merged, monkeypatch):
 
 
 def test_a_client_that_crashes_is_an_answer(merged):
-    def crash(*_):
-        return call_in_own_process(signal.raise_signal, signal.SIGILL)
+    def crash(number):
+        def answer(*_):
+            raise KilledProcessError(number)
 
-    crashing = replace(TRANSFORMERS, answer=crash, after_crash="; build it without AMX")
-    served = serve(open_source(merged / "run"), read_merged(merged / "out"), "cpu", [crashing])["transformers"]
-    assert served.reason == "it failed: a signal killed its process (SIGILL); build it without AMX"
+        return Engine(number.name, ("safetensors",), answer, ("transformers",), after_crash="; build it without AMX")
+
+    crashing = [crash(number) for number in (signal.SIGILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL)]
+    served = serve(open_source(merged / "run"), read_merged(merged / "out"), "cpu", crashing)
+    killed = "it failed: a signal killed its process"
+    assert served["SIGILL"].reason == f"{killed} (SIGILL); build it without AMX"
+    assert served["SIGSEGV"].reason == f"{killed} (SIGSEGV); build it without AMX"
+    assert served["SIGABRT"].reason == f"{killed} (SIGABRT)"
+    assert served["SIGKILL"].reason == f"{killed} (SIGKILL); memory probably ran out"
 
 
 def test_a_release_that_no_client_could_run_is_an_error(merged, monkeypatch):
@@ -167,3 +176,52 @@ def test_llama_cpp_with_another_template_is_reported(mergeable, tmp_path):
 def test_a_client_is_found_by_any_of_its_distributions():
     assert Engine("no-such-client", (), list).version is None
     assert Engine("no-such-client", (), list, ("pytest",)).version == pytest.__version__
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama-cpp-python"])
+@pytest.mark.parametrize("adapter", [None, Path("adapter.gguf")])
+def test_clients_that_may_crash_answer_in_a_process_of_their_own(adapter, name, monkeypatch):
+    release = Release(Path("release"), "float16", "cpu", 512, adapter=adapter)
+    prompts = [Prompt("A text", is_message=False), Prompt("A message", is_message=True)]
+    seen = []
+
+    def answer(*given):
+        seen.append(given)
+        return [Reply([1, 2], [3]), Reply([4], [])]
+
+    def call(function, *args):
+        assert function is getattr(import_module(function.__module__), function.__qualname__)
+        seen.append("another process")
+        return json.loads(json.dumps(function(*json.loads(json.dumps(args)))))
+
+    monkeypatch.setattr(engines, "ENGINES", [replace(engine, answer=answer) for engine in ENGINES])
+    monkeypatch.setattr(engines, "call_in_own_process", call)
+    engine = next(engine for engine in engines.ENGINES if engine.name == name)
+    assert engine.run(release, prompts) == answer()
+    assert seen[:2] == ["another process", (release, prompts)]
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_gives_the_same_answers(merged):
+    release = Release(merged / "out", "float16", "cpu")
+    prompts = [Prompt("A text", is_message=False), Prompt("A message", is_message=True)]
+    assert replace(TRANSFORMERS, own_process=True).run(release, prompts) == TRANSFORMERS.run(release, prompts)
+
+
+LLAMA_65B = {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 64, "hidden_size": 8192}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "expected"),
+    [
+        (LlamaConfig(**LLAMA_65B), "float16", 80 * 64 * 128 * 2 * 2 * 1024),
+        (LlamaConfig(**LLAMA_65B), "float32", 80 * 64 * 128 * 2 * 4 * 1024),
+        (LlamaConfig(**LLAMA_65B, head_dim=256), "bfloat16", 80 * 64 * 256 * 2 * 2 * 1024),
+        (LlavaConfig(text_config=LlamaConfig(**LLAMA_65B)), "float16", 80 * 64 * 128 * 2 * 2 * 1024),
+        (LlamaConfig(**(LLAMA_65B | {"num_key_value_heads": 8})), "float16", 1 << 30),
+        (PreTrainedConfig(), "float16", 1 << 30),
+    ],
+    ids=["fp16", "fp32", "head_dim", "multimodal", "grouped", "unknown"],
+)
+def test_vllms_cache_holds_the_context(config, dtype, expected):
+    assert cache_bytes(config, dtype, 1024) == expected
