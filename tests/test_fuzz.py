@@ -1,6 +1,7 @@
 """A few hostile inputs for every reader, and a check that findings are found; scripts.dev.fuzz makes more."""
 
 import math
+import mmap
 import time
 
 import pytest
@@ -55,7 +56,9 @@ def leave_a_file(folder):
 
 
 def take_memory(_):
-    return bytearray(b"x") * (3 << 28)
+    taken = mmap.mmap(-1, 3 << 28)  # from the system, and not from freed memory that the process keeps
+    taken[:: mmap.PAGESIZE] = b"x" * (len(taken) // mmap.PAGESIZE)
+    return taken
 
 
 def sleep_on(_):

@@ -22,7 +22,7 @@ PAD_TO = 32
 # Number of scores that are computed at a time, unless those of one key head and a block of queries are more.
 TILE = 1 << 20
 # Number of the queries' features that are computed at a time, unless one document has more.
-TOGETHER = 1 << 20
+GROUP_ELEMENTS = 1 << 20
 # Length of the longest document. Longer ones have so many sizes of blocks that torch's kernel is as fast.
 MAX_LENGTH = 4096
 # Mean length of documents up to which they are faster as blocks where torch's kernel computes in AMX's tiles, as
@@ -47,10 +47,12 @@ def takes_blocks(lengths: Sequence[int], device: torch.device) -> bool:
 
 
 def describe_blocks() -> str:
-    """Return what computes attention in bf16 on this machine's CPU, for reports."""
+    """Return how attention is computed in bf16 on this machine's CPU, for reports."""
     if has_tiles():
-        most = f"up to {MAX_MEAN_WITH_TILES:,} tokens in the mean"
-        return f"torch's kernel, and products of blocks backward for documents of {most}"
+        return (
+            "products of blocks; with AMX, torch's kernel forward, and in both directions over "
+            f"{MAX_MEAN_WITH_TILES:,} tokens a document on average"
+        )
     return f"products of blocks to {MAX_LENGTH:,} tokens"
 
 
@@ -98,9 +100,9 @@ def _forward(
     window: int | None,
 ) -> torch.Tensor:
     output, groups = _like_output(query, key, value), query.shape[1] // key.shape[1]
-    for documents in _together(lengths, query):
+    for documents in _groups(lengths, query):
         q, k, v = map(documents.take, (query, key, value))
-        if _takes_torch(q, v, window):
+        if _is_left_to_torch(q, v, window):
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         else:
             attended = q.new_empty(*q.shape[:3], v.shape[3])
@@ -123,7 +125,7 @@ def _backward(
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads, groups = [torch.empty_like(tensor) for tensor in (query, key, value)], query.shape[1] // key.shape[1]
-    for documents in _together(lengths, query):
+    for documents in _groups(lengths, query):
         taken = (documents.take(tensor) for tensor in (query, grad_output.transpose(1, 2)))
         q, grad = (each.unflatten(1, (-1, groups)).flatten(0, 1).contiguous() for each in taken)
         k, v = (documents.take(tensor).flatten(0, 1).contiguous() for tensor in (key, value))
@@ -252,7 +254,7 @@ class _Documents:
             tensor[row, :, tokens] = document[:, : tokens.stop - tokens.start]
 
 
-def _together(lengths: Sequence[int], query: torch.Tensor) -> Iterator[_Documents]:
+def _groups(lengths: Sequence[int], query: torch.Tensor) -> Iterator[_Documents]:
     """Yield documents that are computed together: few calls for many short ones, and little memory for long ones."""
     batch, heads, _, width = query.shape
     by_length: dict[int, list[tuple[int, slice]]] = {}
@@ -260,11 +262,11 @@ def _together(lengths: Sequence[int], query: torch.Tensor) -> Iterator[_Document
         places = by_length.setdefault(length + -length % PAD_TO, [])
         places += ((row, slice(stop - length, stop)) for row in range(batch))
     for length, places in by_length.items():
-        step = max(1, TOGETHER // (heads * length * width))
+        step = max(1, GROUP_ELEMENTS // (heads * length * width))
         for first in range(0, len(places), step):
             yield _Documents(places[first : first + step], length)
 
 
-def _takes_torch(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+def _is_left_to_torch(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
     """Return whether the forward is left to torch's kernel."""
     return window is None and query.shape[3] == value.shape[3] and query.dtype == torch.bfloat16 and has_tiles()

@@ -159,13 +159,12 @@ class _LinearTokenLoss(torch.autograd.Function):
         chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
         # One pair of buffers for all chunks: on a CPU, fresh memory costs more than the arithmetic done in it.
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
-        # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
-        is_trained = any(ctx.needs_input_grad[-len(weights) :])
         options = (logit_scale, softcap, row_weights is not None, label_smoothing, by_probability, needs_grad)
         variant = Variant(device_of(hidden), hidden.dtype, head.size, *options)
-        is_fused = not is_trained and not is_traced(hidden)
+        # Gradients of trained blocks are products of gradients of logits in fp32, which the kernel does not give.
+        is_fused = not head.is_trained and not is_traced(hidden)
         is_fused = is_fused and unfused_reason(variant, try_kernel=not hidden.is_meta) is None
-        in_fp32 = None if is_fused else fp32_buffer(products, is_trained)
+        in_fp32 = None if is_fused else fp32_buffer(products, head.is_trained)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
@@ -180,7 +179,7 @@ class _LinearTokenLoss(torch.autograd.Function):
             total += losses.sum()
             plain += plain_losses.sum()
             if needs_grad:
-                exact = in_fp32[: len(product)] if in_fp32 is not None and is_trained else None
+                exact = None if in_fp32 is None or not head.is_trained else in_fp32[: len(product)]
                 head.go_back(product, inputs, normed, None if grad_hidden is None else grad_hidden[rows], exact)
         ctx.save_for_backward(grad_hidden, *head.grads)
         ctx.mark_non_differentiable(plain)

@@ -140,6 +140,7 @@ class Head:
 
     Attributes:
         size: Total number of rows.
+        is_trained: Whether any block gets a gradient.
         grads: Gradient of each block, fp32; None for frozen blocks.
     """
 
@@ -154,7 +155,7 @@ class Head:
         self._weights, self._bias = [weight.to(dtype).contiguous() for weight in weights], bias
         bounds = list(accumulate(map(len, weights), initial=0))
         self._columns = [slice(*pair) for pair in pairwise(bounds)]
-        self.size = bounds[-1]
+        self.size, self.is_trained = bounds[-1], any(trained)
         self.grads = [
             torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
             for weight, is_trained in zip(weights, trained, strict=True)

@@ -41,7 +41,8 @@ def linear_kl_divergence(
         softcap: Soft cap of both models' logits.
         row_weights: (rows,), fp32; with None, every row has weight 1.
         norm: Norm applied to each row of `hidden` first; not to `base_hidden`.
-        chunk_elements: Logits held at a time; default: as many bytes as the cross-entropy holds.
+        chunk_elements: Logits held at a time; default: as many bytes as the cross-entropy holds on a GPU; on a CPU,
+            48 MiB in 16 bits.
 
     Returns:
         A scalar, fp32.
@@ -49,10 +50,11 @@ def linear_kl_divergence(
     blocks = tuple(weight)
     chunk = chunk_elements
     if chunk is None:
-        of_cross_entropy = default_chunk(hidden.device, sum(map(len, blocks)), hidden.dtype)
-        chunk = (
-            of_cross_entropy * bytes_per_logit(device_of(hidden), hidden.dtype) // (FP32_BYTES + hidden.dtype.itemsize)
-        )
+        device, dtype = device_of(hidden), hidden.dtype
+        # A CPU's cross-entropy holds little in fp32. With as few bytes, the heads would be read too often here.
+        held = 4 + dtype.itemsize if device.type == "cpu" else bytes_per_logit(device, dtype)
+        of_cross_entropy = default_chunk(hidden.device, sum(map(len, blocks)), dtype)
+        chunk = of_cross_entropy * held // (FP32_BYTES + dtype.itemsize)
     if not torch.is_grad_enabled():  # otherwise gradients would be computed for no one
         hidden, blocks = hidden.detach(), tuple(block.detach() for block in blocks)
     base = base_hidden.detach(), tuple(block.detach() for block in base_weight)
@@ -78,7 +80,6 @@ class _LinearKL(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
-        is_trained = any(ctx.needs_input_grad[-len(weights) :])
         base_head = Head(base_weights, bias, hidden.dtype, [False] * len(base_weights))
         chunk = min(max(1, chunk_elements // head.size), max(1, hidden.shape[0]))
         products = torch.empty(chunk, head.size, dtype=hidden.dtype, device=hidden.device)
@@ -109,7 +110,7 @@ class _LinearKL(torch.autograd.Function):
             if row_weights is not None:
                 grad_logits.mul_(row_weights[rows, None])
             product = products[: len(normed)].copy_(grad_logits)
-            exact = grad_logits if is_trained else None
+            exact = grad_logits if head.is_trained else None
             head.go_back(product, inputs, normed, None if grad_hidden is None else grad_hidden[rows], exact)
 
         for start in range(0, hidden.shape[0], chunk):

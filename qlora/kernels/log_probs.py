@@ -68,7 +68,7 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, labels, *weights)
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         head = Head(weights, bias, hidden.dtype, [False] * len(weights))
-        for rows, product, in_fp32 in _chunks(hidden, head, chunk_elements, is_trained=False):
+        for rows, product, in_fp32 in _chunks(hidden, head, chunk_elements):
             _, normed = apply_norm(hidden[rows], norm, False)
             head.multiply(normed.detach(), product)
             places, found = labels[rows, None], result[rows]
@@ -86,8 +86,7 @@ class _LinearLogProbs(torch.autograd.Function):
         bias, logit_scale, softcap, norm, chunk_elements = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head = Head(weights, bias, hidden.dtype, ctx.needs_input_grad[-len(weights) :])
-        is_trained = any(ctx.needs_input_grad[-len(weights) :])
-        for rows, product, in_fp32 in _chunks(hidden, head, chunk_elements, is_trained):
+        for rows, product, in_fp32 in _chunks(hidden, head, chunk_elements):
             inputs, normed = apply_norm(hidden[rows], norm, grad_hidden is not None)
             head.multiply(normed.detach(), product)
             places, factors = labels[rows, None], logit_scale * grad_output[rows, None]
@@ -104,18 +103,18 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_logits.mul_(factors[own])
                 if product.dtype != grad_logits.dtype:
                     product[own] = grad_logits
-            exact = in_fp32[: len(product)] if is_trained else None
+            exact = in_fp32[: len(product)] if head.is_trained else None
             head.go_back(product, inputs, normed, None if grad_hidden is None else grad_hidden[rows], exact)
         return grad_hidden, *(None,) * 6, *head.grads
 
 
 def _chunks(
-    hidden: torch.Tensor, head: Head, chunk_elements: int, is_trained: bool
+    hidden: torch.Tensor, head: Head, chunk_elements: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield the rows of each chunk, memory for its products with the head, and memory for blocks of logits in fp32."""
     size = min(max(1, chunk_elements // head.size), max(1, len(hidden)))
     products = torch.empty(size, head.size, dtype=hidden.dtype, device=hidden.device)
-    in_fp32 = fp32_buffer(products, is_trained)
+    in_fp32 = fp32_buffer(products, head.is_trained)
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))
         yield rows, products[: rows.stop - start], in_fp32

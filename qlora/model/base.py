@@ -16,7 +16,7 @@ from qlora.lora import ScoreHead, TextPart, text_part
 from qlora.model.base_weights import BaseWeights
 from qlora.model.device import resolve_compute_dtype, resolve_device
 from qlora.model.formats import BITSANDBYTES_4BIT, weight_format
-from qlora.model.host_memory import returned_to_system
+from qlora.model.host_memory import keep_freed_memory, returned_to_system
 from qlora.model.kinds import is_multimodal
 from qlora.model.on_weight import OnWeight, replace_when_read
 from qlora.model.placing import make_placement, place_complete_layers, take_over_linears
@@ -189,6 +189,8 @@ def load_frozen(
         model.text_part = TextPart(find_text_model(model)[0], {})
     if (files.folder / GENERATION_FILE).is_file():
         model.generation_config = load_generation_config(files.folder)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     return model.requires_grad_(False).eval()
 
 

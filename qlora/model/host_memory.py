@@ -8,32 +8,39 @@ from pathlib import Path
 
 # From glibc's malloc.h: the sizes from which a buffer, and freed memory at the end of the heap, go back to the system.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-SMALL, LARGE = 1 << 16, 1 << 30
-# Older versions of glibc refuse a larger size of buffers.
-LARGEST_OF_OLD = 32 << 20
+SMALL, USUAL, LARGE = 1 << 16, 32 << 20, 1 << 30
 
 
 @contextmanager
 def returned_to_system() -> Iterator[None]:
-    """Return buffers over 64 KiB to the system as soon as they are freed, and keep them afterwards.
+    """Return buffers over 64 KiB to the system as soon as they are freed; afterwards, only those over 32 MiB.
 
     glibc starts to keep them after a few were freed. While a base is quantized, such freed buffers between the weights
-    that stay, or between the parts of them that a process keeps, add up to more than the 4-bit model. Training frees
-    and allocates the same sizes in each step, and memory that the system has to clear again takes a tenth of a step on
-    a CPU. With another C library this does nothing.
+    that stay, or between the parts of them that a process keeps, add up to more than the 4-bit model. With another C
+    library this does nothing.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, SMALL)
-    mallopt(M_TRIM_THRESHOLD, SMALL)
+    _return_from(SMALL)
     try:
         yield
     finally:
-        if not mallopt(M_MMAP_THRESHOLD, LARGE):
-            mallopt(M_MMAP_THRESHOLD, LARGEST_OF_OLD)
-        mallopt(M_TRIM_THRESHOLD, LARGE)
+        _return_from(USUAL)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed buffers of up to 1 GiB for the next ones, as steps on a CPU free and allocate the same sizes.
+
+    Memory that went back to the system is cleared when it is asked for again, which took a tenth of a step.
+    """
+    _return_from(LARGE)
+
+
+def _return_from(size: int) -> None:
+    """Return freed buffers of more bytes to the system, and as much freed memory at the end of the heap."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        if not mallopt(M_MMAP_THRESHOLD, size):
+            mallopt(M_MMAP_THRESHOLD, USUAL)  # the largest size of older versions of glibc
+        mallopt(M_TRIM_THRESHOLD, size)
 
 
 def free_host_bytes() -> int:

@@ -42,14 +42,14 @@ def draw(generator):
 
 @pytest.mark.parametrize("has_tiles", [False, True])
 @pytest.mark.parametrize(
-    ("tile", "together"), [(attention.TILE, attention.TOGETHER), (5_000, 0)], ids=["large tiles", "small tiles"]
+    ("tile", "together"), [(attention.TILE, attention.GROUP_ELEMENTS), (5_000, 0)], ids=["large tiles", "small tiles"]
 )
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "lengths", "head_dim", "width", "scale", "window"), SHAPES)
 def test_outputs_and_gradients_are_those_of_the_formula(
     batch, heads, kv_heads, lengths, head_dim, width, scale, window, tile, together, has_tiles, draw, monkeypatch
 ):
     monkeypatch.setattr(attention, "TILE", tile)
-    monkeypatch.setattr(attention, "TOGETHER", together)
+    monkeypatch.setattr(attention, "GROUP_ELEMENTS", together)
     monkeypatch.setattr(attention, "has_tiles", lambda: has_tiles)
     inputs, grad = draw(batch, heads, kv_heads, lengths, head_dim, width)
     found = causal_attention(*inputs, lengths, scale, window)
@@ -132,6 +132,18 @@ def test_layers_of_packed_documents_use_it_in_bf16(window, draw, monkeypatch):
         assert (one.double() - other).norm() < 2 * torch.finfo(torch.bfloat16).eps * other.norm()
     with pytest.raises(ValueError, match="document_lengths"):
         layer_attention.document_attention(None, *inputs, None, cu_seq_lens_q=starts)
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+@pytest.mark.parametrize("lengths", [[64], [32, 32], [300, 40]])
+def test_in_bf16_rows_of_a_batch_are_computed_as_by_the_formula(lengths, has_tiles, draw, monkeypatch):
+    monkeypatch.setattr(attention, "has_tiles", lambda: has_tiles)
+    inputs, grad = draw(2, 4, 2, lengths, 16, 16, dtype=torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = causal_attention(*inputs, lengths, 0.3), reference(*exact, lengths, scale=0.3)
+    grads = torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, exact, grad.double())
+    for one, other in zip((found, *grads[0]), (expected, *grads[1]), strict=True):
+        assert (one.double() - other).norm() < 2 * torch.finfo(torch.bfloat16).eps * other.norm()
 
 
 def test_longer_documents_are_left_to_torch(draw, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qlora.kernels import linear_kl_divergence
 from qlora.kernels.head import bytes_per_logit
+from qlora.kernels.simulated import simulating
 from qlora.memory.probe import measure_peak
 from tests.reference.held import saved_tensors
 from tests.reference.kl_divergence import linear_kl_divergence as reference
@@ -99,19 +100,20 @@ def test_only_hidden_states_are_saved(generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_a_chunk_takes_as_many_bytes_as_one_of_the_cross_entropy(softcap, dtype):
-    vocabulary, features, of_cross_entropy = (
-        3_000,
-        1,
-        521 * bytes_per_logit(torch.device("meta"), dtype),
-    )  # rows of a chunk
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_chunk_takes_as_many_bytes_as_one_of_the_cross_entropy_on_a_gpu(kind, softcap, dtype):
+    vocabulary, features, device = 3_000, 1, torch.device(kind)
+    of_logit = 4 + dtype.itemsize if kind == "cpu" else bytes_per_logit(device, dtype)
+    of_cross_entropy = 521 * of_logit  # rows of a chunk
     weight = torch.empty(vocabulary, features, dtype=dtype, device="meta")
 
     def peak(rows):
         hidden = torch.empty(rows, features, dtype=dtype, device="meta", requires_grad=True)
-        return measure_peak(
-            lambda: linear_kl_divergence(hidden, [weight], hidden.detach(), [weight], softcap=softcap), hidden.device
-        )
+        with simulating(device):
+            return measure_peak(
+                lambda: linear_kl_divergence(hidden, [weight], hidden.detach(), [weight], softcap=softcap),
+                hidden.device,
+            )
 
     assert peak(500) / vocabulary == pytest.approx(of_cross_entropy, rel=0.02)
     assert peak(20) / vocabulary < 0.2 * of_cross_entropy

@@ -176,7 +176,7 @@ def test_missing_data_prevent_only_the_comparison_of_predictions(own):
 def test_a_mistake_of_merge_itself_is_reported(merged, tmp_path, monkeypatch):
     """Verification computes the tensors by other code than merge."""
     blocks = MergedWeights.blocks
-    monkeypatch.setattr(MergedWeights, "blocks", lambda self, name: (block * 1.01 for block in blocks(self, name)))
+    monkeypatch.setattr(MergedWeights, "blocks", lambda *given: (block * 1.01 for block in blocks(*given)))
     merge(merged / "run", tmp_path / "out")
     report = verify(merged / "run", tmp_path / "out")
     assert sum(problem.startswith("tensor ") for problem in report.problems) == 21

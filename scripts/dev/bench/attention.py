@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.kernels import causal_attention
-from qlora.model.host_memory import returned_to_system
+from qlora.model.host_memory import keep_freed_memory
 from scripts.dev.bench.common import append, heading, run_child
 from scripts.dev.bench.train_step import resident
 
@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="page that the table is appended to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with returned_to_system():  # afterwards freed memory is kept, as in a process that has loaded a base
-        pass
+    keep_freed_memory()  # as a process that has loaded a base does
     if arguments.side:
         print(json.dumps(measure_lengths(SIDES[arguments.side])))
         return
