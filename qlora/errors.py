@@ -50,7 +50,7 @@ class ExportError(QLoRAError):
 
 
 def plain_message(text: str) -> str:
-    """Return a message of pydantic's without its words around the one that a check gave."""
+    """Return a pydantic message without pydantic's prefix."""
     return text.removeprefix("Value error, ").replace("Input should", "should")
 
 

@@ -18,7 +18,7 @@ REALDATA = Path(os.environ.get("QLORA_REALDATA", Path(__file__).parents[2] / "sh
 
 
 def pytest_collection_finish() -> None:
-    """Exclude half a million objects of imported modules from garbage collection."""
+    """Exclude the objects of imported modules from garbage collection."""
     gc.collect()
     gc.freeze()
 

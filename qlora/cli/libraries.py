@@ -7,9 +7,8 @@ import sys
 def import_libraries() -> None:
     """Import torch and transformers, and leave the objects of most of their modules out of garbage collection.
 
-    Modules live as long as the process, but as their half a million objects are made, Python would search all of them
-    for garbage again and again, and free them one by one as it exits. Nothing happens in a process that has them
-    already.
+    Modules live as long as the process, but as their 640,000 objects are made, Python would search all of them for
+    garbage again and again, and free them one by one as it exits. Nothing happens in a process that has them already.
     """
     if "torch" in sys.modules:
         return

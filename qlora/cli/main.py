@@ -39,13 +39,18 @@ def _print_version(asked: bool) -> None:
 
 
 class Verbs(TyperGroup):
-    """The verbs as one command, in whose messages typer's checks read like ours."""
+    """Group of verbs that removes pydantic's wording from usage errors, and names the value."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb that the command line names."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
+            from pydantic import ValidationError  # as typer does, so that `qlora --help` stays fast
+
+            if isinstance(error.__cause__, ValidationError):
+                given = error.__cause__.errors()[0]["input"]
+                error.message = error.message.replace("Input should", f"{given!r:.200} should")
             error.message = plain_message(error.message)
             raise
 

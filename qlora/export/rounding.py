@@ -7,7 +7,7 @@ NUM_ROWS = 16
 # Share of the update from which the rounding is worth a note.
 NOTED_SHARE = 0.1
 REMEDIES = {
-    torch.bfloat16: "--dtype float16 rounds to steps of an eighth",
+    torch.bfloat16: "--dtype float16 rounds in steps an eighth as large",
     torch.float16: "--dtype float32 keeps all of it",
 }
 

@@ -326,9 +326,8 @@ def check_loading(estimate: Estimate, free_bytes: int) -> None:
     if estimate.is_loaded or estimate.loaded_bytes <= (1 - MARGIN) * free_bytes:
         return
     leaving = f", of which {_gib(estimate.leaving_bytes)} are for embedding and head until adapters are added"
-    remedy = {"sharded": "Start more processes, or use", "host": "Use"}.get(
-        estimate.weights, "Set model.weights: auto, or use" if any(estimate.footprint.layers_packed) else "Use"
-    )
+    setting = "model.weights: auto" if any(estimate.footprint.layers_packed) else "model.quantization: nf4"
+    remedy = {"sharded": "Start more processes, or use", "host": "Use"}.get(estimate.weights, f"Set {setting}, or use")
     raise ModelError(
         f"Loading the base takes {_gib(estimate.loaded_bytes)}{leaving if estimate.leaving_bytes else ''}, but the "
         f"device has {_free(free_bytes)}. {remedy} a smaller base."

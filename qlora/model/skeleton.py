@@ -18,6 +18,8 @@ from qlora.model.text_only import text_only
 COUNT_KEYS = re.compile(r"(^|_)(layers?|experts?|blocks|depth)$")
 MAX_COUNT = 10_000
 CHANNELS = 3
+# Largest number of parameters that an error names.
+MOST_NAMED = 4
 # Config keys that may name a kernel to download from the hub.
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 
@@ -66,19 +68,20 @@ def build_skeleton(
 
 
 def _check_head(files: BaseFiles, model: Any) -> None:
-    """Check that a language model's logits are its output head's of the last hidden states, as losses compute them.
+    """Check that a model is its base and its output head alone, from which losses compute logits or scores.
 
     Raises:
-        ModelError: Other layers come between them.
+        ModelError: It has other parameters.
     """
     parts = (model.base_model, output_head(model))
     known = {id(each) for part in parts if part is not None for each in part.parameters()}
-    between = dict.fromkeys(name.rpartition(".")[0] for name, each in model.named_parameters() if id(each) not in known)
-    if between:
+    others = [name for name, each in model.named_parameters() if id(each) not in known]
+    if others:
+        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         raise ModelError(
-            f"{files.name}: {type(model).__name__} has {', '.join(between)} between its hidden states and the output "
-            "head, which the loss would leave out; use a base of another architecture, such as Llama, Mistral, Qwen or "
-            "Gemma."
+            f"{files.name}: {type(model).__name__} has parameters outside its base and output head "
+            f"({', '.join(others[:MOST_NAMED])}{more}), which the loss would leave out; use a base of another "
+            "architecture, such as Llama, Mistral, Qwen or Gemma."
         )
 
 
@@ -191,7 +194,7 @@ def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_c
     """Build the class of an architecture that scores documents with a linear head of its own.
 
     Raises:
-        ModelError: Transformers has no such class, or its head is another one.
+        ModelError: Transformers has no such class, its head is another one, or it has more parameters.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
@@ -216,6 +219,7 @@ def _build_scorer(files: BaseFiles, config: Any, head: ScoreHead, trust_remote_c
             "without a bias, which is not supported; use a base of another architecture, such as Llama, Mistral, Qwen "
             "or Gemma."
         )
+    _check_head(files, model)
     return model
 
 

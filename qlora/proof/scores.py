@@ -45,6 +45,16 @@ class ScoreDistance:
     mean_logit_difference: float
     share: float
 
+    @property
+    def loss_noise(self) -> float:
+        """How far rounding may move the mean loss of these texts, in nats.
+
+        The loss of a text changes by at most twice what one of its scores does, that of a pair of texts by as much as
+        both scores together. Scores further apart than :data:`MAX_SCORE_DIFFERENCE` have other causes and allow no
+        more.
+        """
+        return 2 * self.mean_logit_difference * MAX_SCORE_DIFFERENCE / max(self.share, MAX_SCORE_DIFFERENCE)
+
     def as_dict(self) -> dict[str, float]:
         """Return the values that a report has."""
         values = asdict(self)

@@ -391,7 +391,7 @@ def _compare_predictions(
         if not is_other_base and not scores.share <= MAX_SCORE_DIFFERENCE:  # also true for NaN
             problems.append(f"scores differ by {scores.share:.2%} of their size, more than {MAX_SCORE_DIFFERENCE:.0%}")
         if adapter.loss is not None and other.loss is not None:
-            problems += _loss_mismatches(is_other_base, adapter.loss, other.loss)
+            problems += _loss_mismatches(is_other_base, adapter.loss, other.loss, scores.loss_noise)
         return found | scores.as_dict() | {"merged_loss": other.loss}
     assert isinstance(other, Predictions)
     distance = compare(adapter, other)

@@ -66,7 +66,7 @@ def test_every_verb_has_help(verb, option):
         (["generate", "run"], "--prompt"),
         (["generate", "run", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "run", "--prompt", "x", "--temperature", "-1"], "--temperature"),
-        (["eval", "run", "--batch-size", "0"], "'--batch-size': should be greater than"),
+        (["eval", "run", "--batch-size", "0"], "'--batch-size': '0' should be greater than"),
         (["verify"], "RUN"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -162,7 +162,7 @@ def test_gradients_of_every_kind_are_those_without_it(
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_gradients_of_embedding_and_head_are_those_without_it(tied, new_ids, own_memory, tmp_path, generator, seed):
     base = make_base(tmp_path / "base", seed, tie_word_embeddings=tied)
-    model, batch = make_model(base, generator), random_batch(generator, (40, 23, 250))
+    model, batch = make_model(base, generator), random_batch(generator, (40, 23, 1200))
     train_rows(model, [] if new_ids else ["embed_tokens", "lm_head"], new_ids)
     loss, expected = gradients(model, batch, seed)
     assert sum(".rows." in name and bool(grad.any()) for name, grad in expected.items()) == (1 if tied else 2)

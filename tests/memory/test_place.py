@@ -157,6 +157,19 @@ def test_a_place_that_a_config_asks_for_is_refused_if_the_base_does_not_fit_ther
         place.choose_weights(config, SUPERVISED, on_gpu, lengths, packed=False)
 
 
+@pytest.mark.parametrize("base", ["dense"], indirect=True)
+def test_a_base_in_16_bits_that_does_not_fit_can_be_quantized(base, tmp_path, monkeypatch):
+    config = load_config(
+        run_config(
+            base, tmp_path / "none.jsonl", tmp_path / "run", model__quantization="none", train__micro_batch_size=1
+        )
+    )
+    monkeypatch.setattr(place, "available_bytes", lambda _device: 1 << 20)
+    on_gpu = Processes(device=torch.device("cuda"))
+    with pytest.raises(ModelError, match=r"the device has .*\. Set model\.quantization: nf4, or use a smaller base\.$"):
+        place.choose_weights(config, SUPERVISED, on_gpu, [8], packed=False)
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [

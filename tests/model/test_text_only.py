@@ -1,6 +1,7 @@
 """Multimodal bases: the text part is found, loaded alone, and computes what the whole model computes for text."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qlora.data import collate, make_example
 from qlora.errors import CheckpointError, ModelError
 from qlora.files import BaseFiles
 from qlora.files.stored import StoredTensors
-from qlora.lora import Targets, add_lora, linear_layers, match_targets, text_model, text_part, train_rows
+from qlora.lora import ScoreHead, Targets, add_lora, linear_layers, match_targets, text_model, text_part, train_rows
 from qlora.model import build_skeleton, load_base
 from qlora.model.isolation import keep_apart
 from qlora.model.loss import check_loss, model_inputs
@@ -188,16 +189,40 @@ def test_a_class_that_can_not_be_run_is_refused_before_it_is_loaded(llava):
         text_only(Reading)(llava.config)
 
 
-@pytest.mark.parametrize(("config_class", "arguments", "layers"), [
-    ("ModernBertDecoderConfig", {}, "ModernBertDecoderForCausalLM has lm_head.dense, lm_head.norm"),
-    ("RobertaConfig", {"is_decoder": True}, "RobertaForCausalLM has lm_head.dense, lm_head.layer_norm"),
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(("config_class", "arguments", "head", "kind", "others"), [
+    ("ModernBertDecoderConfig", {}, None, "ModernBertDecoderForCausalLM", "lm_head.dense.weight, lm_head.norm.weight"),
+    ("ModernBertDecoderConfig", {}, ScoreHead(2), "ModernBertDecoderForSequenceClassification",
+     "head.dense.weight, head.norm.weight"),
+    ("RobertaConfig", {"is_decoder": True}, None, "RobertaForCausalLM",
+     "lm_head.dense.weight, lm_head.dense.bias, lm_head.layer_norm.weight, lm_head.layer_norm.bias"),
 ])  # fmt: skip
-def test_a_head_of_several_layers_is_refused(tmp_path, config_class, arguments, layers):
-    """The loss is computed from the last of them; of random weights it is about that of the model's own logits."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    getattr(transformers, config_class)(**sizes, **arguments).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=rf": {layers} between its hidden states and the output head, .*; use a base"):
-        build_skeleton(BaseFiles.resolve(str(tmp_path), with_weights=False))
+def test_a_head_of_several_layers_is_refused(tmp_path, config_class, arguments, head, kind, others):
+    """With random weights the two losses are close, so a loss check would not notice."""
+    getattr(transformers, config_class)(**SIZES, **arguments).save_pretrained(tmp_path)
+    problem = re.escape(f"{kind} has parameters outside its base and output head ({others}), which the loss would")
+    with pytest.raises(ModelError, match=problem):
+        build_skeleton(BaseFiles.resolve(str(tmp_path), with_weights=False), head=head)
+
+
+def test_at_most_four_parameters_are_named_and_those_of_the_model_itself_too(tiny_base, monkeypatch):
+    def scaled(config, **_others):
+        model = transformers.LlamaForCausalLM(config)
+        for index in range(6):
+            model.register_parameter(f"scale{index}", torch.nn.Parameter(torch.ones(1)))
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", scaled)
+    with pytest.raises(ModelError, match=r"\(scale0, scale1, scale2, scale3 and 2 more\)"):
+        build_skeleton(BaseFiles.resolve(str(tiny_base), with_weights=False))
+
+
+def test_a_head_with_a_bias_is_accepted(tmp_path):
+    transformers.PhiConfig(**SIZES).save_pretrained(tmp_path)
+    model = build_skeleton(BaseFiles.resolve(str(tmp_path), with_weights=False))
+    assert model.lm_head.bias is not None
 
 
 @pytest.mark.parametrize(

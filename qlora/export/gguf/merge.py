@@ -58,11 +58,12 @@ def merge_to_gguf(
     remaining = {entry.name: entry.num_bytes for entry in layout}
     total = sum(remaining.values())
 
-    # Only of bf16, because GGUF has no type with finer steps than fp16 for matrices.
-    rounding = UpdateRounding(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    rounding = UpdateRounding(torch.bfloat16)
+    # Only bf16 is measured, because GGUF has no type with finer steps than fp16 for matrices.
+    on_base = rounding.keep if dtype == "bfloat16" else None
 
     def read(name: str) -> torch.Tensor:
-        value = rounding.counted(weights.tensor(stored[name], rounding.keep)).cpu()
+        value = rounding.counted(weights.tensor(stored[name], on_base)).cpu()
         remaining.pop(name, None)  # the embedding and head of a tied model may be read twice
         if on_progress is not None:
             on_progress(total - sum(remaining.values()), total)

@@ -22,7 +22,7 @@ TITLE = """# Head and cross-entropy
 `python -m scripts.dev.bench.loss --out docs/benchmarks/loss.md`. The loss of random hidden states in bf16 with
 random labels, and the gradient of the hidden states, with a frozen head. `all at once` is a model of transformers:
 logits in bf16, a copy in fp32, torch's cross-entropy. The lower bound is the two products with the head. Times are the
-minimum of rounds, in which the variants take turns; peak memory is above the inputs.
+minimum of rounds, in which the variants take turns; on a GPU, peak memory is above the inputs.
 """
 
 
@@ -76,16 +76,18 @@ def table(shape: str, tokens: int, rounds: int) -> list[str]:
             shortest[name] = min(shortest[name], seconds(lambda loss=loss: torch.autograd.grad(loss(), hidden), device))
             if device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() - before
+    columns = {
+        "way": list(ways),
+        "ms": [f"{best * 1e3:.1f}" for best in shortest.values()],
+        "of the two products": [f"{best / bound:.2f}" for best in shortest.values()],
+    }
+    if peaks:
+        columns["peak MB"] = [f"{peak / 1e6:.0f}" for peak in peaks.values()]
     return [
         *heading(f"{shape}, {tokens:,} tokens of {features} features, {vocabulary:,} words", "torch"),
-        "| way | ms | of the two products | peak MB |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {best * 1e3:.1f} | {best / bound:.2f} | {peaks[name] / 1e6:.0f} |"
-            if peaks
-            else f"| {name} | {best * 1e3:.1f} | {best / bound:.2f} | |"
-            for name, best in shortest.items()
-        ),
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+        *(f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)),
     ]
 
 
