@@ -1,4 +1,4 @@
-"""The host's free memory, and keeping it free while a base is loaded."""
+"""The host's free memory: keeping it free while a base is loaded, and using it again while a base computes."""
 
 import ctypes
 import os
