@@ -171,11 +171,13 @@ class _LinearTokenLoss(torch.autograd.Function):
             product = products[: len(normed)]
             head.multiply(normed.detach(), product)
             weights_here = None if row_weights is None else row_weights[rows]
-            arguments = (logit_scale, softcap, weights_here, label_smoothing, by_probability, needs_grad)
             if in_fp32 is None:
-                losses, plain_losses = _fused_losses_(product, labels[rows], *arguments)
+                losses, plain_losses = _fused_losses_(
+                    product, labels[rows], logit_scale, softcap, weights_here, label_smoothing, by_probability,
+                    needs_grad,
+                )  # fmt: skip
             else:
-                losses, plain_losses = _token_losses_(product, in_fp32, labels[rows], *arguments)
+                losses, plain_losses = _token_losses_(product, in_fp32, labels[rows], weights_here, variant)
             total += losses.sum()
             plain += plain_losses.sum()
             if needs_grad:
@@ -196,45 +198,38 @@ def _token_losses_(
     product: torch.Tensor,
     in_fp32: torch.Tensor,
     labels: torch.Tensor,
-    logit_scale: float,
-    softcap: float | None,
     row_weights: torch.Tensor | None,
-    label_smoothing: float,
-    by_probability: bool,
-    needs_grad: bool,
+    variant: Variant,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute what the kernel does; if one block is the whole chunk, the gradient of its logits is in `in_fp32` too.
+    """Compute losses and gradient as the kernel does; where one block is the whole chunk, `in_fp32` keeps the gradient.
 
     Args:
         product: (rows, vocabulary).
         in_fp32: See :func:`qlora.kernels.head.fp32_buffer`.
-        labels: See :func:`qlora.kernels.cross_entropy_triton.token_losses_triton_`, as the arguments that follow.
-        logit_scale: Factor on the logits.
-        softcap: Soft cap of the logits.
+        labels: See :func:`qlora.kernels.cross_entropy_triton.token_losses_triton_`.
         row_weights: Weight of each row.
-        label_smoothing: Share of each target that is spread evenly.
-        by_probability: Whether each row's loss is multiplied by the probability of its label.
-        needs_grad: Whether the gradient is computed.
+        variant: What is computed.
     """
+    softcap, label_smoothing = variant.softcap, variant.label_smoothing
     losses, plain = torch.empty(2, len(product), dtype=torch.float32, device=product.device)
     for rows, values in fp32_blocks(product, in_fp32):
-        logits, places = transform_logits(values, logit_scale, softcap), labels[rows, None]
+        logits, places = transform_logits(values, variant.logit_scale, softcap), labels[rows, None]
         of_labels, largest = logits.gather(1, places), logits.amax(dim=1, keepdim=True)
         means = logits.mean(dim=1) if label_smoothing else None
-        slope = None if softcap is None or not needs_grad else slope_of(logits, softcap)
+        slope = None if softcap is None or not variant.needs_grad else slope_of(logits, softcap)
         exponentials = logits.sub_(largest).exp_()
         sums = exponentials.sum(dim=1, keepdim=True)
         norms = (largest + sums.log()).squeeze(1)
         own = norms - of_labels.squeeze(1)
         factors = None if row_weights is None else row_weights[rows]
         plain[rows] = own if factors is None else own * factors
-        if by_probability:
+        if variant.by_probability:
             probabilities = own.neg().exp()
             factors = probabilities if factors is None else probabilities * factors
         if means is not None:
             own = own.mul_(1 - label_smoothing).add_(norms - means, alpha=label_smoothing)
         losses[rows] = own if factors is None else own * factors
-        if not needs_grad:
+        if not variant.needs_grad:
             continue
         grad_logits = exponentials.div_(sums)
         if label_smoothing:
@@ -243,8 +238,8 @@ def _token_losses_(
         if slope is not None:
             grad_logits.mul_(slope)
             del slope  # before the next block's is allocated
-        if logit_scale != 1.0:
-            grad_logits.mul_(logit_scale)
+        if variant.logit_scale != 1.0:
+            grad_logits.mul_(variant.logit_scale)
         if factors is not None:
             grad_logits.mul_(factors[:, None])
         if product.dtype != grad_logits.dtype:
