@@ -76,8 +76,8 @@ def lora_linears(x: torch.Tensor, products: Sequence[Product]) -> list[torch.Ten
     """Compute y = x (W + Σ deltas)ᵀ + bias for each product, with dropout on the x of the deltas (arXiv:2106.09685).
 
     `separate` computes the products with W and with the deltas one after the other; `folded` rounds the effective
-    weight once and computes one product. In the backward, x is read or rebuilt once for all products, and each adds to
-    its gradient.
+    weight once and computes one product. In the backward, x is read or rebuilt once for all products, each of which adds
+    to its gradient.
 
     Args:
         x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
