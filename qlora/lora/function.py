@@ -76,8 +76,8 @@ def lora_linears(x: torch.Tensor, products: Sequence[Product]) -> list[torch.Ten
     """Compute y = x (W + Σ deltas)ᵀ + bias for each product, with dropout on the x of the deltas (arXiv:2106.09685).
 
     `separate` computes the products with W and with the deltas one after the other; `folded` rounds the effective
-    weight once and computes one product. In the backward, x is read or rebuilt once for all products, each of which adds
-    to its gradient.
+    weight once and computes one product. In the backward, x is read or rebuilt once for all products. The gradients
+    have the bits of products that are computed one by one.
 
     Args:
         x: (..., in). If it has the attribute `recipe`, the recipe's inputs are saved instead of it.
@@ -311,15 +311,16 @@ class _LoraLinears(torch.autograd.Function):
         rows, remaining = fill_up_rows(x.reshape(-1, x.shape[-1])), iter(needed)
         taken = [(call, call.take(factors), call.take(remaining)) for call in calls]
         grad_x, found = None, list[list[torch.Tensor | None]]()
-        # Backwards, as autograd does; but each share is added to the gradient of x by the product itself.
+        # In autograd's order and with its roundings, as for layers that are called one by one because of hooks.
         for (call, own_factors, asked), grad in zip(reversed(taken), reversed(grads[: len(calls)]), strict=True):
             if grad is None:  # its output is not used
                 found.append([None] * len(asked))
                 continue
-            deltas = call.deltas(own_factors, x.dtype)
+            deltas, own = call.deltas(own_factors, x.dtype), None
             if needs_x:
                 weight = RecomputedWeights.take(call.base)
-                weight = call.weight(deltas, x.dtype) if weight is None else weight
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-            found.append([*call.gradients(deltas, rows, grad, asked, grad_x)])
+                own = grad @ (call.weight(deltas, x.dtype) if weight is None else weight)
+            found.append([*call.gradients(deltas, rows, grad, asked, own)])
+            if own is not None:
+                grad_x = own if grad_x is None else grad_x.add_(own)
         return grad_x, None, None, None, *chain.from_iterable(reversed(found))
