@@ -93,7 +93,7 @@ def test_everything_is_as_in_a_plain_model(case, seed, generator):
     assert len(spans) == (2 if tied or new_ids else len(modules))
     for name, rows in trained.items():
         grad = plain.get_submodule(name).weight.grad[rows.ids.start : rows.ids.stop]
-        assert (rows.weight.grad - grad).norm() < 1e-5 * grad.norm()
+        assert (rows.weight.grad - grad).norm() < 5e-5 * grad.norm()
     names = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or ".rows." in name for name in names)
 
