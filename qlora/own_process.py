@@ -47,7 +47,7 @@ def call_in_own_process(function: Callable[..., Any], *args: Any) -> Any:
             with the error's kind, or it ended the process.
     """
     call = json.dumps([function.__module__, function.__qualname__, args])
-    modules = [path for path in sys.path if path]  # an empty one is the current directory, whatever is in it
+    modules = [path for path in sys.path if path]  # an empty path means the current directory, which may hold anything
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         ended = subprocess.run(

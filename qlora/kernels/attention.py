@@ -32,7 +32,7 @@ MAX_MEAN_WITH_TILES = 512
 
 def has_tiles() -> bool:
     """Return whether the processor has AMX."""
-    # The supported versions of torch have no public function in common that tells.
+    # torch has no public function for this that all supported versions share.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
